@@ -1,0 +1,1 @@
+"""Which scenario the data asks for, from measured evidence."""

@@ -1,0 +1,1 @@
+"""From a folder or CSV of images to tables, pixels and batches."""

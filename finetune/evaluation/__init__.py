@@ -1,0 +1,1 @@
+"""Scores of predictions, by NumPy and scikit-learn."""

@@ -1,0 +1,1 @@
+"""Networks by name: heads, stages, freezing and weights."""

@@ -1,0 +1,1 @@
+"""From a saved model to predictions."""

@@ -1,0 +1,1 @@
+"""The run folder, the hand-over between training and everything after it."""

@@ -1,0 +1,77 @@
+"""The frozen records the rooms hand to each other. No torch here: reading a run folder must stay quick."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from finetune.errors import ConfigError, DataError
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSpec:
+    """What a network expects of an image: size, resampling and normalisation.
+
+    An image is resized so that its short side is `resize_px`, cut to the central `image_size_px` square, scaled to
+    0..1 and normalised with `mean` and `std`, one number a channel. It always comes from the weights' own entry in
+    their model zoo, or from a model file.
+    """
+
+    image_size_px: int
+    resize_px: int
+    interpolation: Interpolation
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.image_size_px <= self.resize_px:
+            raise ConfigError(f"image size {self.image_size_px} px must be positive and at most the resize of {self.resize_px} px")
+        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
+            raise ConfigError(f"mean and std need one number for each of 1 or 3 channels, got {self.mean} and {self.std}")
+        if not all(map(math.isfinite, (*self.mean, *self.std))) or not all(value > 0 for value in self.std):
+            raise ConfigError(f"mean must be finite and std positive, got {self.mean} and {self.std}")
+
+    @property
+    def channels(self) -> int:
+        """1 for grey images, 3 for RGB."""
+        return len(self.mean)
+
+    def at_size(self, image_size_px: int) -> "InputSpec":
+        """Return the same preprocessing for another image size, the margin around the crop kept in proportion."""
+        resize_px = max(image_size_px, round(self.resize_px * image_size_px / self.image_size_px))
+        return InputSpec(
+            image_size_px=image_size_px, resize_px=resize_px, interpolation=self.interpolation, mean=self.mean, std=self.std
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelMap:
+    """The classes in the order of a model's outputs, with the names shown to people.
+
+    `class_names` are the folder names sorted as text, torchvision's rule: "10" comes before "2". A display name is
+    looked up by folder name, never by index.
+    """
+
+    class_names: tuple[str, ...]
+    display_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.class_names) != len(self.display_names):
+            raise DataError(f"{len(self.class_names)} classes but {len(self.display_names)} display names")
+        if len(set(self.class_names)) != len(self.class_names):
+            raise DataError("a class name stands twice in the label map")
+
+    @classmethod
+    def from_names(cls, class_names: Sequence[str], shown: Mapping[str, str]) -> "LabelMap":
+        """Sort `class_names` as text and show each by its entry in `shown`, or by its own name where there is none."""
+        ordered = tuple(sorted(class_names))
+        return cls(class_names=ordered, display_names=tuple(shown.get(name, name) for name in ordered))
+
+    def __len__(self) -> int:
+        return len(self.class_names)
+
+    def index(self, class_name: str) -> int:
+        """Return the class index of `class_name`, its place in the model's outputs."""
+        return self.class_names.index(class_name)

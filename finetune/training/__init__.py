@@ -1,0 +1,1 @@
+"""From a plan to a trained model: assembly, the loop, checkpoints."""

@@ -1,3 +1,98 @@
-"""finetune: turn a folder of labelled images into a classifier you can trust."""
+"""finetune: turn a folder of labelled images into a classifier you can trust.
+
+The public names are loaded when they are first used, so that importing the package takes no time and no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from finetune.api import Run, advise, check, evaluate, list_models, load, predict, train
+    from finetune.config.schema import TrainConfig
+    from finetune.errors import (
+        ConfigError,
+        DataError,
+        DivergedError,
+        FinetuneError,
+        ImageError,
+        MissingExtraError,
+        ModelError,
+        PredictionInputError,
+        RunError,
+        StorageError,
+    )
+    from finetune.models.initialize import initialize_model
+    from finetune.prediction.classifier import Classifier
+    from finetune.runs.records import InputSpec, LabelMap, Prediction
+    from finetune.training.loop import train_model
+    from finetune.training.progress import History
+
+_HOMES = {
+    "Classifier": "finetune.prediction.classifier",
+    "ConfigError": "finetune.errors",
+    "DataError": "finetune.errors",
+    "DivergedError": "finetune.errors",
+    "FinetuneError": "finetune.errors",
+    "History": "finetune.training.progress",
+    "ImageError": "finetune.errors",
+    "InputSpec": "finetune.runs.records",
+    "LabelMap": "finetune.runs.records",
+    "MissingExtraError": "finetune.errors",
+    "ModelError": "finetune.errors",
+    "Prediction": "finetune.runs.records",
+    "PredictionInputError": "finetune.errors",
+    "Run": "finetune.api",
+    "RunError": "finetune.errors",
+    "StorageError": "finetune.errors",
+    "TrainConfig": "finetune.config.schema",
+    "advise": "finetune.api",
+    "check": "finetune.api",
+    "evaluate": "finetune.api",
+    "initialize_model": "finetune.models.initialize",
+    "list_models": "finetune.api",
+    "load": "finetune.api",
+    "predict": "finetune.api",
+    "train": "finetune.api",
+    "train_model": "finetune.training.loop",
+}
+
+__all__ = [
+    "Classifier",
+    "ConfigError",
+    "DataError",
+    "DivergedError",
+    "FinetuneError",
+    "History",
+    "ImageError",
+    "InputSpec",
+    "LabelMap",
+    "MissingExtraError",
+    "ModelError",
+    "Prediction",
+    "PredictionInputError",
+    "Run",
+    "RunError",
+    "StorageError",
+    "TrainConfig",
+    "advise",
+    "check",
+    "evaluate",
+    "initialize_model",
+    "list_models",
+    "load",
+    "predict",
+    "train",
+    "train_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'finetune' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

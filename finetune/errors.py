@@ -11,7 +11,7 @@
     ├── StorageError       (OSError)     a disk that refuses           6
     └── MissingExtraError  (ImportError) an optional package           2
 
-A foreign exception is translated at the one seam where it enters; whatever else escapes is a bug and keeps its traceback.
+A foreign exception is translated at the one seam where it enters; whatever else escapes is a bug with its traceback.
 """
 
 from collections.abc import Iterable, Sequence
@@ -70,6 +70,10 @@ class ImageError(DataError):
         self.reason: ImageFault = reason
         self.detail = detail
         self.source = source
+
+    def __reduce__(self) -> tuple[type["ImageError"], tuple[ImageFault, str, str]]:
+        """Let the error travel from a worker process to the one that reports it."""
+        return type(self), (self.reason, self.detail, self.source)
 
 
 class PredictionInputError(FinetuneError, ValueError):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from finetune.errors import ConfigError, DataError
+from finetune.errors import ConfigError, DataError, ImageFault
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
@@ -27,9 +27,13 @@ class InputSpec:
 
     def __post_init__(self) -> None:
         if not 1 <= self.image_size_px <= self.resize_px:
-            raise ConfigError(f"image size {self.image_size_px} px must be positive and at most the resize of {self.resize_px} px")
+            raise ConfigError(
+                f"image size {self.image_size_px} px must be positive and at most the resize of {self.resize_px} px"
+            )
         if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
-            raise ConfigError(f"mean and std need one number for each of 1 or 3 channels, got {self.mean} and {self.std}")
+            raise ConfigError(
+                f"mean and std need one number for each of 1 or 3 channels, got {self.mean} and {self.std}"
+            )
         if not all(map(math.isfinite, (*self.mean, *self.std))) or not all(value > 0 for value in self.std):
             raise ConfigError(f"mean must be finite and std positive, got {self.mean} and {self.std}")
 
@@ -42,7 +46,11 @@ class InputSpec:
         """Return the same preprocessing for another image size, the margin around the crop kept in proportion."""
         resize_px = max(image_size_px, round(self.resize_px * image_size_px / self.image_size_px))
         return InputSpec(
-            image_size_px=image_size_px, resize_px=resize_px, interpolation=self.interpolation, mean=self.mean, std=self.std
+            image_size_px=image_size_px,
+            resize_px=resize_px,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
         )
 
 
@@ -75,3 +83,49 @@ class LabelMap:
     def index(self, class_name: str) -> int:
         """Return the class index of `class_name`, its place in the model's outputs."""
         return self.class_names.index(class_name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassProbability:
+    """One class with its probability, in 0..1."""
+
+    class_name: str
+    display_name: str
+    class_index: int
+    probability: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a model says of one image; `top` holds the most probable classes, best first.
+
+    `abstained` says that the best probability lies under the model's threshold: none of these.
+    """
+
+    image: str
+    abstained: bool
+    top: tuple[ClassProbability, ...]
+
+    @property
+    def class_name(self) -> str:
+        """Folder name of the most probable class."""
+        return self.top[0].class_name
+
+    @property
+    def display_name(self) -> str:
+        """Name shown of the most probable class."""
+        return self.top[0].display_name
+
+    @property
+    def probability(self) -> float:
+        """Probability of the most probable class, in 0..1."""
+        return self.top[0].probability
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailedPrediction:
+    """An image that could not be read: the reason from the closed list, and a sentence."""
+
+    image: str
+    code: ImageFault
+    message: str

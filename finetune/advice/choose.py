@@ -1,0 +1,99 @@
+"""From evidence to a scenario, with the reason in a sentence."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.advice.measure import Evidence
+from finetune.models.freezing import LITTLE_BELOW, Scenario, amount
+
+NEAR = 0.7
+"""Similarity from which the data counts as near. Of the sets in Kornblith 2019 (arXiv 1805.08974) and Salman 2020
+(arXiv 2007.08489), those whose ResNet-50 probe covers more than this gain under 8 points by fine-tuning; the ones below
+about 0.55 (cars, aircraft, birds) gain over 20."""
+
+CARRIES = 0.1
+"""Similarity under which pretrained features say next to nothing, so that a fresh start loses nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """The scenario chosen, what it was chosen over, and why."""
+
+    scenario: Scenario
+    recommended: Scenario
+    runner_up: Scenario
+    reason: str
+    evidence: Evidence
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for advice.json."""
+        return {
+            "scenario": self.scenario,
+            "recommended": self.recommended,
+            "runner_up": self.runner_up,
+            "reason": self.reason,
+            "evidence": {**vars(self.evidence), "similarity": self.evidence.similarity},
+        }
+
+
+def choose(evidence: Evidence, *, requested: Scenario | None = None) -> Advice:
+    """Choose the scenario for `evidence`; a `requested` one is taken, with the recommendation beside it."""
+    is_near = evidence.similarity >= NEAR
+    recommended = _scenario(evidence, is_near=is_near, images_per_class=evidence.images_per_class)
+    reason = _reason(evidence, is_near=is_near, scenario=recommended)
+    if requested is not None and requested != recommended:
+        reason = f"{requested} was asked for; the measurement speaks for {recommended}: {reason}"
+    return Advice(
+        scenario=requested or recommended,
+        recommended=recommended,
+        runner_up=_runner_up(evidence, recommended, is_near=is_near),
+        reason=reason,
+        evidence=evidence,
+    )
+
+
+def _scenario(evidence: Evidence, *, is_near: bool, images_per_class: float) -> Scenario:
+    size = amount(images_per_class)
+    if not evidence.is_pretrained:
+        return "large-different"
+    if is_near:
+        return "small-similar" if size == "little" else "large-similar"
+    if size != "much":
+        return "small-different"
+    # Even far from its data a pretrained start usually beats a fresh one (Evci 2022, arXiv 2201.03529).
+    return "large-similar" if evidence.similarity >= CARRIES else "large-different"
+
+
+def _runner_up(evidence: Evidence, recommended: Scenario, *, is_near: bool) -> Scenario:
+    """Return what would be chosen if the measure nearest to its threshold fell on the other side."""
+    similarity_margin = abs(evidence.similarity - NEAR) / (1 - NEAR)
+    amount_margin = abs(math.log10(evidence.images_per_class / LITTLE_BELOW))
+    other_amount = LITTLE_BELOW * 100.0 if evidence.images_per_class < LITTLE_BELOW else LITTLE_BELOW / 2
+    flips = [
+        (similarity_margin, _scenario(evidence, is_near=not is_near, images_per_class=evidence.images_per_class)),
+        (amount_margin, _scenario(evidence, is_near=is_near, images_per_class=other_amount)),
+    ]
+    for _, scenario in sorted(flips):
+        if scenario != recommended:
+            return scenario
+    return "large-similar" if recommended != "large-similar" else "small-different"
+
+
+def _reason(evidence: Evidence, *, is_near: bool, scenario: Scenario) -> str:
+    if not evidence.is_pretrained:
+        return "the network starts without pretrained weights, so there is nothing worth freezing and all layers learn."
+    reached = evidence.knn_accuracy if evidence.probe_accuracy is None else evidence.probe_accuracy
+    what = "the nearest neighbours" if evidence.probe_accuracy is None else "a linear probe"
+    likeness = "close to" if is_near else "unlike"
+    actions = {
+        "small-similar": "so only the new head learns",
+        "small-different": "so the early layers stay frozen and the upper ones adapt",
+        "large-similar": "so all layers learn, from the pretrained start",
+        "large-different": "so all layers learn from a fresh start",
+    }
+    return (
+        f"{what} on the frozen features reaches {reached:.1%} where always naming the largest class would reach "
+        f"{evidence.majority_accuracy:.1%}, so the images are {likeness} what the network has learned; there are "
+        f"{evidence.images_per_class:.0f} images a class, {actions[scenario]}."
+    )

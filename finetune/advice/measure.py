@@ -1,0 +1,59 @@
+"""The evidence for a scenario: how much data there is, and how far the frozen features already carry."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from finetune.features.extract import Features
+from finetune.features.neighbours import leave_one_out_accuracy
+from finetune.features.probe import Probe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Numbers from one pass over the training images; accuracies in 0..1.
+
+    `majority_accuracy` is what always naming the largest class would score, `knn_accuracy` the leave-one-out score of
+    the nearest neighbours, `probe_accuracy` the cross-validated score of the linear probe (None where no class has two
+    images) and `probe_spread` its standard deviation over the folds.
+    """
+
+    images: int
+    classes: int
+    images_per_class: float
+    smallest_class: int
+    majority_accuracy: float
+    knn_accuracy: float
+    probe_accuracy: float | None
+    probe_spread: float | None
+    is_pretrained: bool
+
+    @property
+    def similarity(self) -> float:
+        """How much of the way from the majority baseline to perfection the frozen features go; in 0..1."""
+        reached = self.knn_accuracy if self.probe_accuracy is None else self.probe_accuracy
+        if self.majority_accuracy >= 1:
+            return 1.0
+        return max(0.0, (reached - self.majority_accuracy) / (1 - self.majority_accuracy))
+
+
+def measure(train: Features, probe: Probe, *, is_pretrained: bool) -> Evidence:
+    """Gather the evidence from the features of the training images and the probe solved on them.
+
+    Args:
+        train: Features of the training images.
+        probe: The linear probe solved on `train`.
+        is_pretrained: Whether the network that made the features had learned anything before.
+    """
+    counts = np.unique(train.class_indices_N, return_counts=True)[1]
+    return Evidence(
+        images=len(train),
+        classes=len(counts),
+        images_per_class=len(train) / len(counts),
+        smallest_class=int(counts.min()),
+        majority_accuracy=float(counts.max() / counts.sum()),
+        knn_accuracy=leave_one_out_accuracy(train),
+        probe_accuracy=probe.accuracy,
+        probe_spread=probe.spread,
+        is_pretrained=is_pretrained,
+    )

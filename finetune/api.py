@@ -1,0 +1,180 @@
+"""The verbs: what a command does, the function of the same name does."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from finetune.advice.choose import Advice, choose
+from finetune.advice.measure import measure
+from finetune.config import TrainConfig, from_yaml, with_options
+from finetune.data.check import Diagnosis, require_trainable
+from finetune.data.loaders import split_loaders
+from finetune.data.read import read_images
+from finetune.data.scan import require_few_bad
+from finetune.data.split import split_table
+from finetune.errors import ConfigError
+from finetune.evaluation.scores import Scores
+from finetune.models import catalog
+from finetune.models.initialize import build_backbone
+from finetune.prediction.batch import find_inputs, predict_many
+from finetune.prediction.classifier import Classifier, load_classifier
+from finetune.prediction.evaluate import Evaluation, SplitChoice, choose_split, evaluate_table
+from finetune.report.plots import write_plots
+from finetune.runs.folder import RunFolder, next_free_folder, open_run
+from finetune.runs.records import FailedPrediction, Prediction
+from finetune.runs.reporting import LoggingReporter, Reporter
+from finetune.training.assemble import assemble, build_accelerator, seed_everything
+from finetune.training.run import run_job
+from finetune.training.study import study_images
+
+Pathlike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training: its folder, the scores of its held-out splits, and its classifier."""
+
+    folder: Path
+    metrics: Mapping[str, Scores]
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        """The model that was kept, loaded from the folder."""
+        return load_classifier(self.folder)
+
+
+def train(
+    data: Pathlike | None = None,
+    *,
+    config: TrainConfig | None = None,
+    reporter: Reporter | None = None,
+    **options: object,
+) -> Run:
+    """Train a classifier on a folder or CSV of labelled images and leave a run folder.
+
+    Args:
+        data: What to train on; may stand in `config` instead.
+        config: Where the options start from; the defaults without one, the run's own config with `resume=True`.
+        reporter: Shows messages and progress; by default they go to the logger "finetune".
+        options: Any field of `TrainConfig`, by name.
+
+    Raises:
+        ConfigError, DataError, ModelError, RunError: Something given cannot be used; the message says what to do.
+        DivergedError: The loss is no longer finite.
+    """
+    reporter = reporter or LoggingReporter()
+    if data is not None:
+        options["data"] = data
+    if config is None and options.get("resume") and options.get("output"):
+        config = from_yaml(RunFolder(Path(str(options["output"]))).config, base=TrainConfig())
+    config = with_options(config or TrainConfig(), options)
+    if not config.data:
+        raise ConfigError("no DATA to train on", "name a folder or CSV of labelled images")
+    config = replace(config, output=config.output or next_free_folder(config.data, config.model))
+    assert config.output is not None
+    with open_run(config.output, resume=config.resume, overwrite=config.overwrite) as run:
+        job = assemble(config, run, reporter)
+        metrics = run_job(job, reporter)
+        write_plots(run, job.table.root)
+    return Run(config.output, metrics)
+
+
+def load(path: Pathlike, *, device: str = "auto") -> Classifier:
+    """Load the classifier of a run folder or a model.safetensors; no code runs and no network is used.
+
+    Raises:
+        RunError: There is no such run or file.
+        ModelError: The file is damaged.
+    """
+    return load_classifier(path, device=device)
+
+
+def predict(
+    run: Pathlike, inputs: Sequence[str], *, top_k: int = 5, batch_size: int = 32, device: str = "auto"
+) -> Iterator[Prediction | FailedPrediction]:
+    """Predict files, folders and patterns one after the other; an unreadable image yields its reason.
+
+    Raises:
+        RunError, ModelError: The model cannot be loaded.
+        PredictionInputError: A folder holds no image, or a pattern matches nothing.
+    """
+    paths = find_inputs(inputs)
+    return predict_many(load_classifier(run, device=device), paths, batch_size=batch_size, top_k=top_k)
+
+
+def evaluate(
+    run: Pathlike,
+    data: Pathlike,
+    *,
+    split: SplitChoice = "auto",
+    batch_size: int = 32,
+    device: str = "auto",
+    allow_bad_images: bool = False,
+    reporter: Reporter | None = None,
+) -> Evaluation:
+    """Score the model of `run` on labelled images.
+
+    Args:
+        run: A run folder or a model.safetensors.
+        data: A folder or CSV of labelled images.
+        split: Which images; "auto" takes test, else valid, else all. In a folder without splits, those that `run`
+            held out are its valid images.
+        batch_size: Images computed at once.
+        device: "auto", "cpu", "cuda" or "mps".
+        allow_bad_images: Leave out images that cannot be read instead of refusing them.
+        reporter: Shows progress.
+
+    Raises:
+        DataError: There are no such images, some cannot be read, or the model does not know their classes.
+    """
+    reporter = reporter or LoggingReporter()
+    classifier = load_classifier(run, device=device)
+    scan = read_images(Path(data), reporter=reporter).scan
+    require_few_bad(scan, allow_bad_images=allow_bad_images)
+    name, table = choose_split(scan, Path(run), split)
+    return Evaluation(split=name, scores=evaluate_table(classifier, table, batch_size=batch_size, reporter=reporter))
+
+
+def check(data: Pathlike, *, label_names: Path | None = None, reporter: Reporter | None = None) -> Diagnosis:
+    """Examine a folder or CSV of labelled images as the doctor does before training; nothing is written to it.
+
+    Raises:
+        DataError: DATA is absent or in no known layout.
+    """
+    return read_images(Path(data), label_names=label_names, reporter=reporter or LoggingReporter()).diagnosis
+
+
+def advise(
+    data: Pathlike,
+    *,
+    model: str = "efficientnet_lite0",
+    weights: Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    reporter: Reporter | None = None,
+) -> Advice:
+    """Measure which scenario the images ask for with the pretrained `model`, without training it.
+
+    Raises:
+        DataError, ModelError: The images or the model cannot be used.
+    """
+    reporter = reporter or LoggingReporter()
+    seed_everything(seed)
+    images = read_images(Path(data), reporter=reporter)
+    require_trainable(images.diagnosis)
+    table = split_table(images.scan.table, seed=seed)
+    place = build_accelerator(device, "fp32").device
+    backbone = build_backbone(model, num_classes=len(images.label_map), weights=weights)
+    backbone.module.to(place)
+    loaders = split_loaders(table, images.label_map, backbone.input_spec, batch_size=32)
+    study = study_images(
+        backbone, loaders, class_count=len(images.label_map), seed=seed, device=place, reporter=reporter
+    )
+    return choose(measure(study.train, study.probe, is_pretrained=True))
+
+
+def list_models(pattern: str = "*") -> Iterator[catalog.ModelDescription]:
+    """Describe the networks whose names match `pattern`, one after the other."""
+    return (catalog.describe(entry) for entry in catalog.list_models(pattern))

@@ -1,0 +1,69 @@
+"""`finetune train`: from a folder of labelled images to a run folder."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from finetune.cli.console import ConsoleReporter, print_table
+from finetune.cli.parsing import parse
+from finetune.config import OPTION_NAMES, OptionalFile, TrainConfig, from_yaml, preset
+from finetune.errors import ConfigError
+from finetune.runs.folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(TrainConfig):
+    """Train a classifier on labelled images. Whatever is "auto" is resolved from the data and the machine, once."""
+
+    preset: Literal["default", "tutorial"] | None = None
+    """Named set of options to start from."""
+    config: OptionalFile = None
+    """YAML file of options to start from, such as the config.yaml of another run; the flags given change it."""
+
+
+def run(words: list[str], reporter: ConsoleReporter) -> int:
+    """Train and print the scores."""
+    start = TrainOptions(**vars(starting_config(words)))
+    options = parse(TrainOptions, words, command="train", default=start)
+    config = TrainConfig(**{name: getattr(options, name) for name in OPTION_NAMES})
+    if not config.data:
+        raise ConfigError("no DATA to train on", "name a folder or CSV of labelled images: finetune train DATA")
+
+    from finetune.api import train
+
+    finished = train(config=config, reporter=reporter)
+    scores = finished.metrics
+    print_table(
+        ["split", "images", "accuracy", "95 % interval", "balanced accuracy", "macro F1"],
+        [
+            (
+                split,
+                found.images,
+                f"{found.accuracy:.1%}",
+                "{:.1%} to {:.1%}".format(*found.accuracy_interval),
+                f"{found.balanced_accuracy:.1%}",
+                f"{found.macro_f1:.3f}",
+            )
+            for split, found in scores.items()
+        ],
+    )
+    print(finished.folder)
+    reporter.say(f"Now try: finetune predict {finished.folder} IMAGE")
+    return 0
+
+
+def starting_config(words: list[str]) -> TrainConfig:
+    """Return the config that the flags in `words` change: class < preset < YAML < flag.
+
+    With --resume it is the config that the run was started with.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--preset", "--config", "--output"):
+        parser.add_argument(option)
+    parser.add_argument("--resume", action="store_true")
+    chosen, _ = parser.parse_known_args(words)
+    base = preset(chosen.preset) if chosen.preset else TrainConfig()
+    if chosen.resume and chosen.output and RunFolder(Path(chosen.output)).config.exists():
+        return from_yaml(RunFolder(Path(chosen.output)).config, base=base)
+    return from_yaml(Path(chosen.config), base=base) if chosen.config else base

@@ -1,0 +1,183 @@
+"""Every option of a training run on one page; the flags, the YAML and the Python arguments derive from it."""
+
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from finetune.errors import ConfigError, nearest
+
+Auto = Literal["auto"]
+OptionalFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. Whatever is "auto" is resolved from the data and the machine, once, before training."""
+
+    data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]] = ""
+    """Folder or CSV of labelled images: DATA/{train,valid,test}/CLASS/*, DATA/CLASS/* or image_path,label[,split]."""
+    output: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
+    """Run folder to write; by default runs/<data>-<model>, then -2, -3 …"""
+    overwrite: bool = False
+    """Empty a run folder that is there already."""
+    resume: bool = False
+    """Go on from the last checkpoint of the run folder."""
+    seed: int = 0
+    """Seed of the split, the order of the images, the augmentation and the new head; 0 or more."""
+
+    label_names: OptionalFile = None
+    """JSON that maps folder names to the names shown; by default cat_to_name.json in DATA or beside it."""
+    valid_fraction: float = 0.2
+    """Share of the images set aside for validation where DATA has no such split; between 0 and 0.5."""
+    allow_bad_images: bool = False
+    """Train although more than 1 % of the training images, or any validation image, cannot be read."""
+
+    model: str = "efficientnet_lite0"
+    """Name of the network, see `finetune models`. The default carries its ImageNet weights: nothing is downloaded."""
+    use_pretrained: bool = True
+    """Start from the model zoo's weights."""
+    weights: OptionalFile = None
+    """Start from this weight file instead: safetensors, or a PyTorch state dict."""
+    head: Literal["logits", "log_softmax"] = "logits"
+    """Output of the new head: logits are trained with cross-entropy, log_softmax with the negative log-likelihood."""
+    image_size: int | Auto = "auto"
+    """Side of the square that the network sees, in pixels; auto takes the size the weights were trained at."""
+
+    scenario: Literal["auto", "small-similar", "large-similar", "small-different", "large-different"] = "auto"
+    """What learns: the head only (small-similar), the head and the upper body (small-different), all from the
+    pretrained start (large-similar), all from a fresh start (large-different); auto measures which one fits."""
+    feature_extract: bool = False
+    """Use the pretrained body as a fixed extractor and fit the head alone; the same as scenario small-similar."""
+    head_start: Literal["probe", "random"] = "probe"
+    """Start from the head solved on the frozen features (Kumar 2022, arXiv 2202.10054), or from a random one."""
+
+    augmentation: Literal["none", "light", "flowers", "trivial"] = "light"
+    """Random changes of the training images: light crops and flips; flowers also rotates and changes colours; trivial
+    is light with TrivialAugment (Müller 2021, arXiv 2103.10158)."""
+    epochs: int | Auto = "auto"
+    """Passes over the training images; auto is 0 where the solved head is all that learns."""
+    batch_size: int = 32
+    """Images a step; 32 keeps BatchNorm's statistics usable and the memory of a laptop free."""
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """adamw needs the least tuning; sgd (momentum 0.9) is the choice of most published fine-tuning of CNNs."""
+    learning_rate: float | Auto = "auto"
+    """Rate of the head, above 0. auto: 1e-3 for a random head; a solved head learns at the trunk's rate."""
+    trunk_learning_rate: float | Auto = "auto"
+    """Rate of the layers below the head that learn. auto: 1e-4 from pretrained weights, 1e-3 from a fresh start (adam
+    and adamw), ten times that with sgd."""
+    weight_decay: float = 0.01
+    """Decay of the weights, not of biases and norms; 0.01 to 0.05 with adamw, 5e-4 with sgd."""
+    schedule: Literal["cosine", "step", "plateau", "one-cycle", "constant"] = "cosine"
+    """How the rates fall: cosine after a linear warm-up, by a factor every few epochs (step), when the validation loss
+    stops falling (plateau), or up and down once (one-cycle)."""
+    warmup_epochs: float = 1.0
+    """Epochs in which the rates of the cosine schedule rise from a hundredth; 0 turns the warm-up off."""
+    step_epochs: int = 7
+    """Epochs between two falls of the step schedule, or without progress before one of the plateau schedule."""
+    step_factor: float = 0.1
+    """What the rates are multiplied by at a fall of the step and plateau schedules; between 0 and 1."""
+    patience: int = 0
+    """Stop after this many epochs without a better validation accuracy; 0 never stops early."""
+    max_grad_norm: float = 0.0
+    """Clip the norm of the gradient at this value; 0 does not clip."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes; 0 to below 1, with head logits only."""
+    imbalance: Literal["none", "class-weights", "balanced-sampling"] = "none"
+    """Weigh the loss by class, or draw every class equally often, where some classes have many more images."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of the forward pass; auto is bf16 on a GPU that has it and fp32 elsewhere."""
+    workers: int | Auto = "auto"
+    """Processes that decode images; auto measures which number is fastest, 0 decodes in the training process."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant, all faults in one error."""
+        faults = [fault for fault, is_wrong in self._faults().items() if is_wrong]
+        if faults:
+            raise ConfigError("; ".join(faults), "see `finetune train --help` for the range of each option")
+
+    def _faults(self) -> dict[str, bool]:
+        return {
+            f"--seed must be 0 to 2^31 − 1, got {self.seed}": not 0 <= self.seed < 2**31,
+            f"--valid-fraction must be above 0 and at most 0.5, got {self.valid_fraction}": not 0
+            < self.valid_fraction
+            <= 0.5,
+            f"--image-size must be 1 or more, got {self.image_size}": self.image_size != "auto" and self.image_size < 1,
+            f"--epochs must be 0 or more, got {self.epochs}": self.epochs != "auto" and self.epochs < 0,
+            f"--batch-size must be 1 or more, got {self.batch_size}": self.batch_size < 1,
+            f"--learning-rate must be above 0, got {self.learning_rate}": not _is_auto_or_positive(self.learning_rate),
+            f"--trunk-learning-rate must be above 0, got {self.trunk_learning_rate}": not _is_auto_or_positive(
+                self.trunk_learning_rate
+            ),
+            f"--weight-decay must be 0 or more, got {self.weight_decay}": not 0 <= self.weight_decay < float("inf"),
+            f"--warmup-epochs must be 0 or more, got {self.warmup_epochs}": not 0 <= self.warmup_epochs < float("inf"),
+            f"--step-epochs must be 1 or more, got {self.step_epochs}": self.step_epochs < 1,
+            f"--step-factor must be above 0 and below 1, got {self.step_factor}": not 0 < self.step_factor < 1,
+            f"--patience must be 0 or more, got {self.patience}": self.patience < 0,
+            f"--max-grad-norm must be 0 or more, got {self.max_grad_norm}": not 0 <= self.max_grad_norm < float("inf"),
+            f"--label-smoothing must be 0 to below 1, got {self.label_smoothing}": not 0 <= self.label_smoothing < 1,
+            f"--workers must be 0 or more, got {self.workers}": self.workers != "auto" and self.workers < 0,
+            "--resume and --overwrite exclude each other": self.resume and self.overwrite,
+            "--label-smoothing needs --head logits": self.label_smoothing > 0 and self.head == "log_softmax",
+            f"--feature-extract freezes all but the head, --scenario {self.scenario} does not": self.feature_extract
+            and self.scenario not in ("auto", "small-similar"),
+            "--scenario large-different starts fresh and takes no --weights": self.scenario == "large-different"
+            and self.weights is not None,
+            "--resume needs --output, the run folder to go on with": self.resume and self.output is None,
+        }
+
+
+def _is_auto_or_positive(value: float | Auto) -> bool:
+    return value == "auto" or 0 < value < float("inf")
+
+
+OPTION_NAMES = tuple(field.name for field in fields(TrainConfig))
+"""The names of all options, in the order of the help."""
+
+
+def with_options(config: TrainConfig, values: Mapping[str, object]) -> TrainConfig:
+    """Return `config` with the options named in `values` changed; a text does for a path, a whole number for a float.
+
+    Raises:
+        ConfigError: An option is unknown, of the wrong type, out of range, or in conflict with another.
+    """
+    typed: dict[str, Any] = {name: _typed(name, value) for name, value in values.items()}
+    return replace(config, **typed)
+
+
+def _typed(name: str, value: object) -> object:
+    if name not in OPTION_NAMES:
+        raise ConfigError(f"no option is called {name!r}", nearest(name, OPTION_NAMES))
+    allowed = _alternatives(_hints()[name])
+    if value in [kind for kind in allowed if not isinstance(kind, type)] or type(value) in allowed:
+        return value
+    if Path in allowed and isinstance(value, str | Path):
+        return Path(value)
+    if float in allowed and type(value) is int:
+        return float(value)
+    if str in allowed and isinstance(value, Path):
+        return str(value)
+    expected = " or ".join(kind.__name__ if isinstance(kind, type) else repr(kind) for kind in allowed)
+    raise ConfigError(f"{name} must be {expected}, got {value!r}")
+
+
+@cache
+def _hints() -> dict[str, object]:
+    return typing.get_type_hints(TrainConfig)
+
+
+def _alternatives(hint: object) -> list[object]:
+    """Return the types and the literal values that `hint` allows."""
+    if typing.get_origin(hint) in (typing.Union, UnionType):
+        return [kind for part in typing.get_args(hint) for kind in _alternatives(part)]
+    if typing.get_origin(hint) is Literal:
+        return list(typing.get_args(hint))
+    return [hint]

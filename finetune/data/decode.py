@@ -1,0 +1,359 @@
+"""The one way from bytes to pixels, for training, evaluation, prediction and serving alike.
+
+Every refusal is an `ImageError` with a reason from its closed list. No other error of Pillow's and none of its warnings
+leave this file, and no pixel is decoded before the size in the header has been accepted.
+"""
+
+import os
+import re
+import stat
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+
+from finetune.errors import ImageError, ImageFault
+
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]
+
+# fmt: off
+IMAGE_EXTENSIONS = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm",
+})
+# fmt: on
+"""Extensions, in lower case, of the formats that are read."""
+
+_ALLOWED = {
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "WEBP": rb"RIFF....WEBP",
+    "BMP": rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",
+    "GIF": rb"GIF8[79]a",
+    "TIFF": rb"II[*+]\0|MM\0[*+]",
+    "PPM": rb"P[1-6]\s(?:\s|#[^\n]*\n)*\d",
+}
+_FOREIGN = {
+    "PDF": rb"%PDF-",
+    "SVG or XML": rb"(?:\xef\xbb\xbf)?\s*<(?:\?xml|svg|!DOCTYPE svg)",
+    "HEIC or AVIF": rb"....ftyp(?:hei|hev|mif|msf|avi)",
+    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
+    "Photoshop": rb"8BPS",
+    "EPS or PostScript": rb"%!PS|\xc5\xd0\xd3\xc6",
+    "ICO": rb"\0\0[\1\2]\0",
+    "DDS": rb"DDS ",
+    "OpenEXR": rb"\x76\x2f\x31\x01",
+    "Radiance HDR": rb"#\?RADIANCE",
+    "QOI": rb"qoif",
+    "DICOM": rb".{128}DICM",
+    "FITS": rb"SIMPLE  =",
+    "MP4 or QuickTime": rb"....ftyp",
+}
+_SNIFFED_BYTES = 256
+_HAS_END: dict[str, Callable[[bytes], bool]] = {
+    "JPEG": lambda data: b"\xff\xd9" in data[-1024:],
+    "PNG": lambda data: b"IEND" in data[-1024:],
+    "WEBP": lambda data: len(data) >= 8 + int.from_bytes(data[4:8], "little"),
+    "BMP": lambda data: len(data) >= int.from_bytes(data[2:6], "little"),
+    "GIF": lambda data: data.rstrip(b"\0").endswith(b";"),
+    "TIFF": lambda data: len(data) > int.from_bytes(data[4:8], "little" if data[:2] == b"II" else "big"),
+}
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What is refused before a pixel is decoded.
+
+    The aspect ratio counts because resizing the short side multiplies the long one: a 1 × 16,000 strip brought to a
+    short side of 256 px is a gigapixel. `max_pixels` is the size from which Pillow suspects a decompression bomb.
+    """
+
+    max_file_bytes: int = 64 * 2**20
+    max_pixels: int = 89_478_485
+    min_side_px: int = 8
+    max_side_px: int = 32_768
+    max_aspect_ratio: float = 20.0
+
+
+DEFAULT_LIMITS = Limits()
+
+
+def decode_image(source: ImageSource, *, limits: Limits = DEFAULT_LIMITS, name: str = "") -> Pixels:
+    """Decode one image into upright sRGB pixels.
+
+    EXIF orientation and ICC profile are applied (and ignored where broken), 16-bit grey is scaled to 8 bits,
+    transparency is laid on white, every colour model becomes RGB, and of many frames or pages the first is taken.
+
+    Args:
+        source: a path (text is always a path), the bytes of a file, a PIL image, or an array of uint8 in the shape HW,
+            HW1 (grey), HW3 (RGB) or HW4 (RGBA). It is never changed.
+        limits: what to refuse.
+        name: what errors call the image; its path where left out.
+
+    Returns:
+        A contiguous array HWC of uint8 with three channels.
+
+    Raises:
+        ImageError: if the image is refused, with the reason.
+    """
+    name = name or _name_of(source)
+    if isinstance(source, str | os.PathLike):
+        source = read_image_file(source, limits=limits)
+    data = source if isinstance(source, bytes) else None
+    if isinstance(source, np.ndarray):
+        source = _picture_of_array(source, name)
+    try:
+        with _quiet_pillow:
+            if isinstance(source, bytes):
+                return _upright_pixels(_opened(source, limits, name))
+            if isinstance(source, Image.Image):
+                _check_header(source, limits, name)
+                return _upright_pixels(source)
+    except (ImageError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_many_pixels", str(error), name) from error
+    except Exception as error:  # hostile bytes make the decoders raise whatever they please
+        raise ImageError(*_fault(error, data), name) from error
+    raise ImageError("not_an_image", f"{type(source).__name__} is no path, bytes, PIL image or array", name)
+
+
+def read_image_file(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -> bytes:
+    """Read a file whole; what is no regular file is never opened, since opening a named pipe would wait forever.
+
+    Raises:
+        ImageError: with the reason `missing`, `permission`, `not_a_file`, `empty` or `too_large`.
+    """
+    name = os.fspath(path)
+    try:
+        status = Path(path).stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError("not_a_file", "a folder, pipe or device, not a regular file", name)
+        _check_file_size(status.st_size, limits, name)
+        return Path(path).read_bytes()
+    except ImageError:  # a ValueError too
+        raise
+    except PermissionError as error:
+        raise ImageError("permission", "the file may not be read by this user", name) from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        detail = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
+        raise ImageError("missing", detail, name) from error
+
+
+def looks_like_image(path: Path) -> bool:
+    """Tell whether a file may be an image of an allowed format: by its extension, or else by its first bytes."""
+    if path.suffix.lower() in IMAGE_EXTENSIONS:
+        return True
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return _format_of(file.read(_SNIFFED_BYTES), _ALLOWED) is not None
+    except OSError:
+        return False
+
+
+def perceptual_hash(image_HWC: Pixels) -> int | None:
+    """Return a 256-bit difference hash, which copies of one picture share across lossless formats and metadata.
+
+    Of copies at JPEG quality 95 about a third share it, after a resize few: other hashes do not mean other pictures.
+
+    Each bit says whether the brightness rises from one cell to the next on a grid of 16 rows and 17 columns. A picture
+    in which it never rises, such as a flat one, has too little detail to be told from others and gets None.
+    """
+    grid = Image.fromarray(image_HWC).convert("L").resize((17, 16), Image.Resampling.BOX)
+    cells = np.asarray(grid)
+    rises = cells[:, 1:] > cells[:, :-1]
+    return int.from_bytes(np.packbits(rises).tobytes(), "big") if rises.any() else None
+
+
+def _name_of(source: ImageSource) -> str:
+    return os.fspath(source) if isinstance(source, str | os.PathLike) else "image"
+
+
+def _opened(data: bytes, limits: Limits, name: str) -> Image.Image:
+    """Open the bytes of a file without decoding pixels, refusing what the header already rules out."""
+    _check_file_size(len(data), limits, name)
+    image = Image.open(BytesIO(data), formats=tuple(_ALLOWED))
+    _check_header(image, limits, name)
+    if image.format == "PNG":
+        # Pillow skips the checksums of pixel chunks when it loads; `verify` checks them, and uses the image up.
+        image.verify()
+        image = Image.open(BytesIO(data), formats=("PNG",))
+    return image
+
+
+def _picture_of_array(array: npt.NDArray[Any], name: str) -> Image.Image:
+    if array.dtype != np.uint8:
+        raise ImageError("unsupported_depth", f"an array must hold uint8, not {array.dtype}", name)
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))):
+        raise ImageError("not_an_image", f"an array must have the shape HW, HW1, HW3 or HW4, not {array.shape}", name)
+    if array.size == 0:
+        raise ImageError("empty", f"an array of shape {array.shape} has no pixels", name)
+    return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+
+
+def _check_file_size(size_bytes: int, limits: Limits, name: str) -> None:
+    if size_bytes == 0:
+        raise ImageError("empty", "the file has 0 bytes", name)
+    if size_bytes > limits.max_file_bytes:
+        raise ImageError("too_large", f"{size_bytes:,} bytes, at most {limits.max_file_bytes:,} are read", name)
+
+
+def _check_header(image: Image.Image, limits: Limits, name: str) -> None:
+    width, height = image.size
+    short, long = sorted(image.size)
+    size = f"{width:,} × {height:,} px"
+    if width * height > limits.max_pixels:
+        raise ImageError("too_many_pixels", f"{size}, at most {limits.max_pixels:,} pixels are decoded", name)
+    if long > limits.max_side_px:
+        raise ImageError("too_large", f"{size}, a side may have at most {limits.max_side_px:,} px", name)
+    if long > limits.max_aspect_ratio * short:
+        raise ImageError("aspect", f"{size}, at most {limits.max_aspect_ratio:g} : 1 is accepted", name)
+    if short < limits.min_side_px:
+        raise ImageError("too_small", f"{size}, a side must have at least {limits.min_side_px} px", name)
+    if image.mode in ("I", "F") and not _has_sixteen_bits(image):
+        raise ImageError("unsupported_depth", "32 bits a pixel; save it with 8 or 16 bits", name)
+
+
+def _has_sixteen_bits(image: Image.Image) -> bool:
+    # Pillow opens a 16-bit PGM in its 32-bit mode "I", the values already brought to 0..65535.
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+
+
+def _upright_pixels(image: Image.Image) -> Pixels:
+    """Bring an opened picture to upright sRGB, laid on white."""
+    image.load()
+    orientation = _orientation(image)  # after loading, because Pillow turns a TIFF by itself and then drops the tag
+    profile = image.info.get("icc_profile")
+    colour, alpha = _colour_and_alpha(_eight_bit_grey(image) if _has_sixteen_bits(image) else image)
+    rgb = _to_srgb(colour, profile)
+    if alpha is not None:
+        white = Image.new("RGB", rgb.size, "white")
+        white.paste(rgb, mask=alpha)
+        rgb = white
+    if orientation in _UPRIGHT:
+        rgb = rgb.transpose(_UPRIGHT[orientation])
+    return np.array(rgb, dtype=np.uint8, order="C")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # broken EXIF raises whatever its bytes lead to, and costs no more than the orientation
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _eight_bit_grey(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bits, where Pillow's own conversion would clip it."""
+    levels = np.asarray(image).astype(np.uint32)
+    grey = Image.fromarray(((levels * 255 + 32_767) // 65_535).astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(np.where(levels == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _colour_and_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Split off the transparency; the colour comes in one of the modes L, RGB and CMYK."""
+    is_grey = image.mode in ("1", "L", "LA", "La")
+    if not image.has_transparency_data:
+        return (image if image.mode in ("L", "RGB", "CMYK") else image.convert("L" if is_grey else "RGB")), None
+    image = image.convert("LA" if is_grey else "RGBA")
+    return image.convert("L" if is_grey else "RGB"), image.getchannel("A")
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    found = _transform_to_srgb(profile) if profile else None
+    if found is not None:
+        transform, mode = found
+        if image.mode == mode or (image.mode, mode) == ("L", "RGB"):
+            return transform.apply(image.convert(mode))
+    return image.convert("RGB")
+
+
+@lru_cache(maxsize=16)  # a transform takes milliseconds to build, and the images of one camera share their profile
+def _transform_to_srgb(profile: bytes) -> tuple[ImageCms.ImageCmsTransform, str] | None:
+    """Build the transform from `profile` to sRGB and name its input mode; None if it is broken or changes nothing."""
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space]
+        transform = ImageCms.ImageCmsTransform(
+            source, ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")), mode, "RGB"
+        )
+        bands = len(mode)
+        grid = np.indices((6,) * bands).reshape(bands, -1).T * 51  # every mixture of six levels a band
+        colours = Image.frombytes(mode, (len(grid), 1), grid.astype(np.uint8).tobytes())
+        changes = np.asarray(transform.apply(colours)).astype(int) - np.asarray(colours.convert("RGB"))
+    except (ImageCms.PyCMSError, OSError, KeyError, TypeError, ValueError):
+        return None
+    return (transform, mode) if np.abs(changes).max() > 1 else None
+
+
+def _fault(error: Exception, data: bytes | None) -> tuple[ImageFault, str]:
+    """Say which reason a failure of Pillow's amounts to, given the bytes it failed on."""
+    detail = "its header makes no sense" if isinstance(error, UnidentifiedImageError) else repr(error)
+    if data is None:
+        return "corrupt", detail
+    start = data[:_SNIFFED_BYTES]
+    if (known := _format_of(start, _ALLOWED)) is not None:
+        has_end = _HAS_END.get(known)
+        if "truncated" in detail.lower() or isinstance(error, EOFError) or (has_end and not has_end(data)):
+            return "truncated", f"the {known} file ends too early"
+        return "corrupt", f"the {known} file cannot be decoded: {detail}"
+    if (foreign := _format_of(start, _FOREIGN)) is not None:
+        return "format_not_allowed", f"{foreign} is not read; convert it to one of {', '.join(_ALLOWED)}"
+    return "not_an_image", "its first bytes are those of no known image format"
+
+
+def _format_of(start: bytes, magic: Mapping[str, bytes]) -> str | None:
+    return next((name for name, pattern in magic.items() if re.match(pattern, start, re.DOTALL)), None)
+
+
+class _QuietPillow:
+    """Silences Pillow's warnings while any thread is inside.
+
+    Warning filters belong to the whole process, so overlapping uses of `warnings.catch_warnings` in several threads
+    would restore each other's. Here the first thread in installs one filter and the last one out removes it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._filters = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._filters.__exit__(None, None, None)
+
+
+_quiet_pillow = _QuietPillow()

@@ -1,0 +1,138 @@
+"""Batches: in an order that is a pure function of (seed, epoch), loaded by as many workers as pay."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler, Subset, default_collate
+
+from finetune.data.dataset import ImageDataset, Sample
+from finetune.data.table import SPLITS, ImageTable
+from finetune.data.transforms import evaluation_transform
+from finetune.errors import ImageError
+from finetune.runs.records import InputSpec, LabelMap
+
+Batch = tuple[torch.Tensor, torch.Tensor, Sequence[str]]
+"""Images (B, C, H, W), class indices (B,), image paths."""
+
+WORTH_MEASURING = 1_000  # images; below, starting workers and timing them costs more than they save
+MEASURED_BATCHES = 4
+
+
+class EpochSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) in an order drawn from (seed, epoch) alone.
+
+    `start(epoch, batch)` says where the next iteration begins, so that going on in mid-epoch decodes nothing twice.
+    With `weights`, images are drawn with replacement in proportion to them.
+    """
+
+    def __init__(self, size: int, batch_size: int, *, seed: int, weights: torch.Tensor | None = None) -> None:
+        self.size = size
+        self.batch_size = batch_size
+        self.drop_last = False  # read by accelerate when it shards the batches
+        self.seed = seed
+        self.weights = weights
+        self.epoch = 0
+        self.first_batch = 0
+
+    def start(self, epoch: int, batch: int = 0) -> None:
+        """Begin the next iteration at `batch` of `epoch`, both counted from 0."""
+        self.epoch, self.first_batch = epoch, batch
+
+    def __len__(self) -> int:
+        return math.ceil(self.size / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        if self.weights is None:
+            order = torch.randperm(self.size, generator=generator)
+        else:
+            order = torch.multinomial(self.weights, self.size, replacement=True, generator=generator)
+        epoch, batches = self.epoch, order.split(self.batch_size)[self.first_batch :]
+        self.first_batch = 0
+        for batch in batches:
+            yield [(epoch, index) for index in batch.tolist()]
+
+
+def training_loader(
+    dataset: ImageDataset, *, batch_size: int, seed: int, workers: int = 0, weights: torch.Tensor | None = None
+) -> DataLoader[Any]:
+    """Return shuffled batches whose order depends on (seed, epoch) only; `weights` (N,) draws with replacement."""
+    sampler = EpochSampler(len(dataset), batch_size, seed=seed, weights=weights)
+    return _loader(dataset, workers, batch_sampler=sampler)
+
+
+def evaluation_loader(dataset: ImageDataset | Subset[Sample], *, batch_size: int, workers: int = 0) -> DataLoader[Any]:
+    """Return every image once, in the order of the table."""
+    return _loader(dataset, workers, batch_size=batch_size)
+
+
+def split_loaders(
+    table: ImageTable, label_map: LabelMap, input_spec: InputSpec, *, batch_size: int, workers: int = 0
+) -> dict[str, DataLoader[Any]]:
+    """Return a loader for each split of `table` that has images, with the transform of evaluation."""
+    transform = evaluation_transform(input_spec)
+    return {
+        split: evaluation_loader(
+            ImageDataset(table.select(split), label_map, transform=transform), batch_size=batch_size, workers=workers
+        )
+        for split in SPLITS
+        if len(table.select(split))
+    }
+
+
+def readable(batches: Iterable[Batch | ImageError]) -> Iterator[Batch]:
+    """Iterate over `batches` and raise the `ImageError` of a file that a worker process could not read."""
+    for batch in batches:
+        if isinstance(batch, ImageError):
+            raise batch
+        yield batch
+
+
+def fastest_workers(dataset: ImageDataset, *, batch_size: int, consume: Callable[[torch.Tensor], object]) -> int:
+    """Measure how many loader processes feed `consume`, the work done on each batch, at the highest rate.
+
+    Small data sets are not measured: 0. Start-up is left out, for workers live as long as the training.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if len(dataset) < WORTH_MEASURING or cores < 2:
+        return 0
+    part = Subset(dataset, range(min(len(dataset), (MEASURED_BATCHES + 1) * batch_size)))
+    seconds = {
+        workers: _seconds_a_batch(evaluation_loader(part, batch_size=batch_size, workers=workers), consume)
+        for workers in sorted({0, cores // 2, cores})
+    }
+    return min(seconds, key=lambda workers: seconds[workers])
+
+
+def _seconds_a_batch(loader: DataLoader[Any], consume: Callable[[torch.Tensor], object]) -> float:
+    batches = readable(loader)
+    consume(next(batches)[0])
+    start, count = time.perf_counter(), 0
+    for images_BCHW, _, _ in batches:
+        consume(images_BCHW)
+        count += 1
+    return (time.perf_counter() - start) / max(count, 1)
+
+
+def _loader(dataset: Any, workers: int, **options: Any) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else every epoch draws from the global generator that dropout lives on
+        collate_fn=_collate,
+        **options,
+    )
+
+
+def _collate(samples: list[Sample]) -> Batch | ImageError:
+    for sample in samples:
+        if isinstance(sample, ImageError):
+            return sample
+    images, class_indices, paths = zip(*samples, strict=True)
+    return default_collate(images), torch.tensor(class_indices), list(paths)

@@ -1,0 +1,42 @@
+"""From DATA, as a person gives it, to a table that can be trained on: list, scan, examine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.data.check import Diagnosis, examine
+from finetune.data.labels import find_label_names, read_label_names
+from finetune.data.listing import list_images
+from finetune.data.scan import Scan, default_cache_folder, scan_images
+from finetune.runs.records import LabelMap
+from finetune.runs.reporting import Reporter
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledImages:
+    """The readable images of DATA, the names of their classes, and what the doctor found."""
+
+    scan: Scan
+    label_map: LabelMap
+    diagnosis: Diagnosis
+
+
+def read_images(
+    data: Path, *, label_names: Path | None = None, allow_bad_images: bool = False, reporter: Reporter
+) -> LabelledImages:
+    """List and decode every image of `data` once, look up the label names, and examine the whole.
+
+    Raises:
+        DataError: DATA is absent or in no known layout, or the label names cannot be read.
+    """
+    listing = list_images(data)
+    with reporter.progress("Reading images", len(listing.rows)) as advance:
+        scan = scan_images(
+            listing, cache_folder=default_cache_folder(), progress=lambda done, total: advance(1, f"{done} of {total}")
+        )
+    source = label_names or find_label_names(data)
+    shown = read_label_names(source) if source else {}
+    return LabelledImages(
+        scan=scan,
+        label_map=LabelMap.from_names(scan.table.class_names, shown),
+        diagnosis=examine(scan, shown or None, source or "", allow_bad_images=allow_bad_images),
+    )

@@ -1,0 +1,214 @@
+"""One look at every image before anything is learned from it: what cannot be decoded is known by name and reason."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from finetune.data.csv_files import write_csv
+from finetune.data.decode import decode_image, perceptual_hash, read_image_file
+from finetune.data.listing import Listing
+from finetune.data.table import ImageTable, Split
+from finetune.errors import DataError, ImageError, ImageFault, first_ten
+
+MAX_BAD_FRACTION = 0.01
+"""How much of the training images may be unreadable before training is refused."""
+
+_CACHE_FORMAT = 1  # raise it when decoding or hashing changes
+_FILES_AT_ONCE = 1024  # queued for the threads; an interrupt waits for no more than those being decoded
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadFile:
+    """An image that was refused: its path relative to the root, why, and the split and label it was meant for."""
+
+    path: str
+    reason: ImageFault
+    detail: str
+    split: Split | None
+    label: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """The images that decode, with their hashes and sizes, the files that do not, and the listing both came from."""
+
+    table: ImageTable
+    bad_files: tuple[BadFile, ...]
+    listing: Listing
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Look:
+    """What one file turned out to be, with the size and time it had then; `reason` is None for a good image."""
+
+    size_bytes: int = 0
+    mtime_ns: int = 0
+    sha256: str = ""
+    perceptual_hash: int | None = None
+    width_px: int = 0
+    height_px: int = 0
+    reason: ImageFault | None = None
+    detail: str = ""
+
+
+def scan_images(
+    listing: Listing, *, cache_folder: Path | None = None, progress: Callable[[int, int], None] | None = None
+) -> Scan:
+    """Decode every listed image once, in threads, and take down its hashes, its size and what is wrong with it.
+
+    Args:
+        listing: what to decode.
+        cache_folder: where looks are kept, so that a file of unchanged path, size and time is not decoded again. None,
+            or a folder inside the data, keeps nothing.
+        progress: called with the files done and their total after each file.
+    """
+    cache_file = _cache_file(cache_folder, listing.root) if cache_folder else None
+    known = _read_cache(cache_file) if cache_file else {}
+    paths = [str(listing.root / row.image_path) for row in listing.rows]
+    looks: dict[str, _Look] = {}
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(paths), _FILES_AT_ONCE):
+            batch = paths[start : start + _FILES_AT_ONCE]
+            for path, look in zip(batch, pool.map(partial(_look_at, known=known), batch), strict=True):
+                looks[path] = look
+                if progress:
+                    progress(len(looks), len(paths))
+    if cache_file:
+        _write_cache(cache_file, known, looks)
+    return _scan_of(listing, [looks[path] for path in paths])
+
+
+def default_cache_folder() -> Path:
+    """Return `$FINETUNE_CACHE`, or else `finetune` in the user's cache folder."""
+    if own := os.environ.get("FINETUNE_CACHE"):
+        return Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "finetune"
+
+
+def write_bad_files(bad_files: Iterable[BadFile], path: Path) -> None:
+    """Write the CSV `path,reason,detail` that a run folder keeps.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    write_csv(
+        path, columns=("path", "reason", "detail"), rows=((bad.path, bad.reason, bad.detail) for bad in bad_files)
+    )
+
+
+def require_few_bad(scan: Scan, *, allow_bad_images: bool = False) -> None:
+    """Refuse a data set whose unreadable images would bend what is learned or measured.
+
+    Of the training images (or those not split yet) 1 % may be bad, of validation and test images none: a score over
+    fewer images than there are is not the score asked for.
+
+    Raises:
+        DataError: listing the first ten with their reasons, unless `allow_bad_images`.
+    """
+    if allow_bad_images:
+        return
+    refused: list[BadFile] = []
+    counts = []
+    for name, splits in (("training", ("train", None)), ("validation", ("valid",)), ("test", ("test",))):
+        bad = [file for file in scan.bad_files if file.split in splits]
+        total = sum(row.split in splits for row in scan.listing.rows)
+        if len(bad) > (MAX_BAD_FRACTION * total if name == "training" else 0):
+            refused += bad
+            counts.append(f"{len(bad)} of {total} {name} images")
+    if refused:
+        files = first_ten(f"{file.path!r} ({file.reason}: {file.detail})" for file in refused)
+        raise DataError(
+            f"{' and '.join(counts)} cannot be read: {files}",
+            hint="mend or remove them, or pass --allow-bad-images to go on without them",
+        )
+
+
+def _look_at(path: str, *, known: Mapping[str, _Look]) -> _Look:
+    """Decode the file at `path`, unless it is known and has not changed."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 - before reading, so that a change in between shows up in the next scan
+        look = _Look(size_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
+    except (OSError, ValueError):
+        look = _Look()
+    before = known.get(path)
+    if before and (before.size_bytes, before.mtime_ns) == (look.size_bytes, look.mtime_ns):
+        return before
+    try:
+        data = read_image_file(path)
+        image_HWC = decode_image(data)
+    except ImageError as error:
+        return replace(look, reason=error.reason, detail=error.detail)
+    height, width = image_HWC.shape[:2]
+    return replace(
+        look,
+        sha256=hashlib.sha256(data).hexdigest(),
+        perceptual_hash=perceptual_hash(image_HWC),
+        width_px=width,
+        height_px=height,
+    )
+
+
+def _scan_of(listing: Listing, looks: list[_Look]) -> Scan:
+    good, bad = [], []
+    for row, look in zip(listing.rows, looks, strict=True):
+        if look.reason is not None:
+            bad.append(
+                BadFile(path=row.image_path, reason=look.reason, detail=look.detail, split=row.split, label=row.label)
+            )
+            continue
+        good.append(
+            replace(
+                row,
+                sha256=look.sha256,
+                perceptual_hash=look.perceptual_hash,
+                width_px=look.width_px,
+                height_px=look.height_px,
+            )
+        )
+    return Scan(table=ImageTable(listing.root, tuple(good)), bad_files=tuple(bad), listing=listing)
+
+
+def _cache_file(cache_folder: Path, root: Path) -> Path | None:
+    """Return the file for the looks at `root`, or None where writing it would change the user's data."""
+    folder = (cache_folder / "scans").resolve()
+    if folder.is_relative_to(root.resolve()):
+        return None
+    return folder / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.json"
+
+
+def _read_cache(path: Path) -> dict[str, _Look]:
+    try:
+        document = json.loads(path.read_bytes())
+        if document["format"] != _CACHE_FORMAT:
+            return {}
+        return {file: _Look(**look) for file, look in document["files"].items()}
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ):  # absent or corrupt: looking again is all it costs
+        return {}
+
+
+def _write_cache(path: Path, known: Mapping[str, _Look], looks: Mapping[str, _Look]) -> None:
+    # A file that could not be opened may be mended without a new size or time.
+    lasting = {file: look for file, look in looks.items() if look.reason not in ("missing", "permission")}
+    if lasting.items() <= known.items():
+        return
+    files = {file: asdict(look) for file, look in {**known, **lasting}.items()}
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({"format": _CACHE_FORMAT, "files": files}))
+        temporary.replace(path)
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,116 @@
+"""The linear probe: a multinomial logistic head on frozen features, solved to its optimum and scored honestly."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+
+from finetune.features.extract import Features
+
+# Shapes: N images, D features, R = min(N, D) directions that the features span, K classes.
+
+Array = np.ndarray[Any, Any]
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Inverse regularisation tried; beyond these the accuracy on standardised features stays flat."""
+FOLDS = 5
+MAX_ITERATIONS = 1_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A solved linear head: logits = features · weight_KDᵀ + bias_K, in the units of the raw features.
+
+    `accuracy` is the mean over the folds of a stratified cross-validation, `spread` their standard deviation and
+    `strength` the inverse regularisation chosen by it. Without two images in some class nothing can be held out: then
+    both are None.
+    """
+
+    weight_KD: Array
+    bias_K: Array
+    strength: float
+    accuracy: float | None
+    spread: float | None
+
+    def summary(self) -> dict[str, float | None]:
+        """Return the numbers without the weights, for metrics.jsonl."""
+        return {"accuracy": self.accuracy, "spread": self.spread, "strength": self.strength}
+
+    def logits(self, features_ND: Array) -> Array:
+        """Return the scores of each class before softmax, (N, K)."""
+        logits_NK: Array = features_ND @ self.weight_KD.T + self.bias_K
+        return logits_NK
+
+    def predict(self, features_ND: Array) -> Array:
+        """Return the class index of each row, (N,)."""
+        indices_N: Array = self.logits(features_ND).argmax(axis=1)
+        return indices_N
+
+
+def solve_probe(train: Features, *, class_count: int, seed: int) -> Probe:
+    """Solve the L2-regularised multinomial logistic regression on standardised features.
+
+    Regularisation is chosen by stratified cross-validation, ties going to the stronger. The problem is solved in the
+    directions that the features span: with an L2 penalty the optimum lies in them (the representer theorem), and
+    fewer images than features make it much smaller. Scale and rotation are folded back into the weights.
+    """
+    mean_D = train.features_ND.mean(axis=0, dtype=np.float64)
+    scale_D = train.features_ND.std(axis=0, dtype=np.float64)
+    scale_D[scale_D < 1e-8] = 1.0
+    standard_ND = (train.features_ND - mean_D) / scale_D
+    if len(standard_ND) < standard_ND.shape[1]:
+        _, _, basis_RD = np.linalg.svd(standard_ND, full_matrices=False)
+    else:
+        basis_RD = np.eye(standard_ND.shape[1])
+    rotated_NR = standard_ND @ basis_RD.T
+    folds = _folds(train.class_indices_N, seed)
+    accuracies_CF = np.array(
+        [
+            [_fold_accuracy(rotated_NR, train.class_indices_N, fold, strength) for fold in folds]
+            for strength in STRENGTHS
+        ]
+    )
+    best = int(accuracies_CF.mean(axis=1).argmax()) if folds else STRENGTHS.index(1e-2)
+    weight_KR, bias_K = _fit(rotated_NR, train.class_indices_N, STRENGTHS[best], class_count=class_count)
+    weight_KD = (weight_KR @ basis_RD) / scale_D
+    return Probe(
+        weight_KD=weight_KD.astype(np.float32),
+        bias_K=(bias_K - weight_KD @ mean_D).astype(np.float32),
+        strength=STRENGTHS[best],
+        accuracy=float(accuracies_CF[best].mean()) if folds else None,
+        spread=float(accuracies_CF[best].std()) if folds else None,
+    )
+
+
+def _folds(class_indices_N: Array, seed: int) -> list[tuple[Array, Array]]:
+    """Split into stratified folds, as many as the smallest class has images but 2 to FOLDS; none if all have one."""
+    counts = np.unique(class_indices_N, return_counts=True)[1]
+    if counts.max() < 2:
+        return []
+    splitter = StratifiedKFold(int(np.clip(counts.min(), 2, min(FOLDS, counts.max()))), shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)  # such a class is not held out
+        return list(splitter.split(class_indices_N, class_indices_N))
+
+
+def _fold_accuracy(rotated_NR: Array, class_indices_N: Array, fold: tuple[Array, Array], strength: float) -> float:
+    fitted, held_out = fold
+    class_count = int(class_indices_N.max()) + 1
+    weight_KR, bias_K = _fit(rotated_NR[fitted], class_indices_N[fitted], strength, class_count=class_count)
+    predicted = (rotated_NR[held_out] @ weight_KR.T + bias_K).argmax(axis=1)
+    return float((predicted == class_indices_N[held_out]).mean())
+
+
+def _fit(features_NR: Array, class_indices_N: Array, strength: float, *, class_count: int) -> tuple[Array, Array]:
+    """Return weight (K, R) and bias (K,); a class without images gets a bias far below the others."""
+    solver = LogisticRegression(C=strength, max_iter=MAX_ITERATIONS).fit(features_NR, class_indices_N)
+    weight, bias = solver.coef_, solver.intercept_
+    if len(solver.classes_) == 2:  # scikit-learn keeps one row, the logit of the second class against the first
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    weight_KR = np.zeros((class_count, features_NR.shape[1]))
+    bias_K = np.full(class_count, bias.min() - 10.0)
+    weight_KR[solver.classes_], bias_K[solver.classes_] = weight, bias
+    return weight_KR, bias_K

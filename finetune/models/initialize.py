@@ -1,0 +1,265 @@
+"""The factory: from the name of a backbone to a network with a new head, its preprocessing and its stages."""
+
+import ssl
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from finetune.errors import ConfigError, ModelError, first_ten
+from finetune.models import catalog
+from finetune.models.catalog import ModelEntry
+from finetune.models.freezing import freeze_stages
+from finetune.models.heads import replace_head
+from finetune.models.stages import Stage, find_stages
+from finetune.models.weights import bundled_state, load_exact, load_weights_file
+from finetune.runs.model_file import HeadKind
+from finetune.runs.records import InputSpec
+
+_CONNECT_TIMEOUT_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A network ready to be adapted: its new head learns, and nothing is frozen yet.
+
+    `name` is the canonical name that builds it again, `weights` says in words where its weights came from.
+    """
+
+    name: str
+    module: nn.Module
+    input_spec: InputSpec
+    stages: tuple[Stage, ...]
+    head: HeadKind
+    weights: str
+
+
+def initialize_model(
+    model_name: str,
+    num_classes: int,
+    feature_extract: bool,
+    use_pretrained: bool = True,
+    *,
+    weights: Path | str | None = None,
+    head: HeadKind = "logits",
+) -> tuple[nn.Module, int]:
+    """Build a pretrained network for `num_classes` and return it with the image size it expects.
+
+    The plain-loop door to the toolkit: the model is an ordinary module in train mode. With `feature_extract` all but
+    the new output layers is frozen and stays in eval mode under `model.train()`; `inception` also returns its
+    auxiliary logits while training, to be weighted 0.4 in the loss.
+
+    Args:
+        model_name: A family (resnet, alexnet, vgg, squeezenet, densenet, inception) or any name of the catalog.
+        num_classes: K ≥ 2, the outputs of the new head.
+        feature_extract: Freeze everything but the new head.
+        use_pretrained: Start from the zoo's ImageNet weights; otherwise from random ones.
+        weights: A weight file to start from instead.
+        head: What the network puts out, logits or log-softmax.
+
+    Returns:
+        The network, (N, 3, H, W) → (N, K), and the side in pixels of its square images.
+
+    Raises:
+        ModelError: the name is unknown, or the weights cannot be had or do not fit.
+        ConfigError: `num_classes` or `head` is out of range.
+    """
+    backbone = build_backbone(
+        model_name, num_classes=num_classes, use_pretrained=use_pretrained, weights=weights, head=head
+    )
+    if feature_extract:
+        freeze_stages(backbone.module, backbone.stages, len(backbone.stages) - 1)
+    return backbone.module, backbone.input_spec.image_size_px
+
+
+def build_backbone(
+    name: str,
+    *,
+    num_classes: int,
+    use_pretrained: bool = True,
+    weights: Path | str | None = None,
+    head: HeadKind = "logits",
+    image_size: int | None = None,
+) -> Backbone:
+    """Build the backbone called `name` with a fresh head, its preprocessing and its stages.
+
+    Args:
+        name: Any name of the catalog.
+        num_classes: K ≥ 2, the outputs of the new head.
+        use_pretrained: Load the pretrained weights of the zoo, if `weights` gives no file.
+        weights: A weight file for this architecture; its head is dropped.
+        head: What the network puts out.
+        image_size: Side in pixels, if not the one the weights were trained with; position embeddings are resampled.
+
+    Raises:
+        ModelError: the name is unknown, the weights cannot be had or do not fit, or the image size is impossible.
+        ConfigError: `num_classes` or `head` is out of range.
+    """
+    if num_classes < 2:
+        raise ConfigError(f"num_classes is {num_classes}, but a classifier needs at least 2")
+    if head not in get_args(HeadKind):
+        raise ConfigError(f"head is {head!r}", f"choose one of {', '.join(get_args(HeadKind))}")
+    entry = catalog.resolve(name)
+    input_spec = catalog.input_spec(entry)
+    module, weights_text = _load_from_file(entry, Path(weights)) if weights else _load_from_zoo(entry, use_pretrained)
+    # Only now: the zoo's weights bring the zoo's 1000-class head with them.
+    replace_head(module, num_classes, head=head)
+    if image_size is not None and image_size != input_spec.image_size_px:
+        input_spec = input_spec.at_size(image_size)
+        _resize(entry, module, image_size)
+    return Backbone(
+        name=entry.name,
+        module=module,
+        input_spec=input_spec,
+        stages=find_stages(module),
+        head=head,
+        weights=weights_text,
+    )
+
+
+def _load_from_file(entry: ModelEntry, path: Path) -> tuple[nn.Module, str]:
+    module = _build(entry)
+    report = load_weights_file(module, path, ignore_head=True)
+    dropped = f", dropped {first_ten(report.dropped)}" if report.dropped else ""
+    return module, f"file {path} ({report.loaded} tensors{dropped})"
+
+
+def _load_from_zoo(entry: ModelEntry, use_pretrained: bool) -> tuple[nn.Module, str]:
+    """Build `entry` with the weights of its zoo, or with random ones."""
+    if not use_pretrained:
+        return _build(entry), "none"
+    if entry.source == "bundled":
+        module = _build(entry)
+        load_exact(module, bundled_state(module), catalog.weights_source(entry))
+    else:
+        _require_weights(entry)
+        with _as_model_error(entry):
+            _require_network(entry)
+            module = _build(entry, use_pretrained=True)
+    return module, catalog.weights_source(entry)
+
+
+def _build(entry: ModelEntry, *, use_pretrained: bool = False) -> nn.Module:
+    """Build the network as its zoo does, with the zoo's head."""
+    if entry.source == "torchvision":
+        return _build_torchvision(entry, use_pretrained)
+    import timm
+
+    overlay = {}
+    file = catalog.local_weights(entry)
+    if use_pretrained and file is not None and file.suffix == ".safetensors":
+        # By its path: for a file known by its repository the hub is asked first, even if it is in the cache.
+        overlay = {"file": str(file), "custom_load": False}
+    module: nn.Module = timm.create_model(entry.architecture, pretrained=use_pretrained, pretrained_cfg_overlay=overlay)
+    return module
+
+
+def _build_torchvision(entry: ModelEntry, use_pretrained: bool) -> nn.Module:
+    from torchvision.models import get_model
+
+    weights = catalog.torchvision_weights(entry)
+    options: dict[str, Any] = {}
+    if entry.architecture in ("inception_v3", "googlenet"):
+        # Their weights were trained on inputs from -1 to 1, but their entry in the zoo asks for ImageNet normalisation,
+        # and `transform_input` converts one to the other. It is set always, as a part of the architecture, so that a
+        # network rebuilt without its download computes the same function.
+        options = {"transform_input": True, "init_weights": False}  # the zoo's own initialisation takes a minute
+    if entry.architecture == "googlenet" and not use_pretrained:
+        options["aux_logits"] = False  # which the zoo itself removes once its weights are loaded
+    if entry.architecture.startswith("vit_"):
+        options["image_size"] = catalog.input_spec(entry).image_size_px
+    module: nn.Module = get_model(entry.architecture, weights=weights if use_pretrained else None, **options)
+    return module
+
+
+def _resize(entry: ModelEntry, module: nn.Module, image_size: int) -> None:
+    """Make `module` take images of another size, and push shapes through it to be sure that it does."""
+    from torchvision.models import VisionTransformer
+
+    try:
+        if hasattr(module, "set_input_size"):  # timm's transformers resample their position embeddings
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.searchsorted")  # a matter of speed, inside timm
+                cast(Any, module).set_input_size(img_size=image_size)
+        elif isinstance(module, VisionTransformer):
+            _resize_vit(module, image_size)
+        _push_shapes(module, image_size)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(
+            f"{entry.name} cannot take images of {image_size} px: {reason}",
+            f"its own size is {catalog.input_spec(entry).image_size_px} px",
+        ) from error
+
+
+def _resize_vit(module: nn.Module, image_size: int) -> None:
+    """Resample the position embeddings of a torchvision vision transformer, as torchvision's own helper does."""
+    from torchvision.models.vision_transformer import interpolate_embeddings
+
+    vit = cast(Any, module)
+    if image_size % vit.patch_size:
+        raise ValueError(f"not a multiple of the patch size of {vit.patch_size} px")
+    embedding = interpolate_embeddings(image_size, vit.patch_size, vit.state_dict())["encoder.pos_embedding"]
+    vit.encoder.pos_embedding = nn.Parameter(embedding)
+    vit.image_size, vit.seq_length = image_size, embedding.shape[1]
+
+
+def _push_shapes(module: nn.Module, image_size: int) -> None:
+    """Run two images through `module` with tensors that have shapes but no memory; its own are not touched."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    with torch.no_grad():
+        functional_call(module, shapes, (torch.empty(2, 3, image_size, image_size, device="meta"),))
+
+
+def _require_weights(entry: ModelEntry) -> None:
+    """Refuse an architecture for which the zoo has no weights, naming its tags that have some."""
+    if catalog.weights_source(entry) != "none":
+        return
+    import timm
+
+    tags = timm.list_models(f"{entry.architecture.partition('.')[0]}.*", pretrained=True)
+    known = f"there are weights for {first_ten(f'timm/{tag}' for tag in tags)}; or use" if tags else "use"
+    raise ModelError(
+        f"there are no pretrained weights for {entry.name}", f"{known} --weights FILE or --no-use-pretrained"
+    )
+
+
+@contextmanager
+def _as_model_error(entry: ModelEntry) -> Iterator[None]:
+    """Translate what a download may raise: two zoos, three HTTP libraries, a disk and a checksum between them."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ModelError(
+            f"cannot get the weights of {entry.name} ({catalog.weights_source(entry)}): {reason}",
+            "use --weights FILE for a file you have, --model efficientnet_lite0 for the weights that are installed, "
+            "or --no-use-pretrained for none",
+        ) from error
+
+
+def _require_network(entry: ModelEntry) -> None:
+    """Fail within seconds where weights must be downloaded and cannot be.
+
+    Left alone, huggingface_hub retries for most of a minute, and torch.hub waits for ever behind a silent firewall.
+    """
+    if catalog.local_weights(entry) is not None:
+        return
+    if catalog.is_offline():
+        raise ConnectionError("they are not on this machine and HF_HUB_OFFLINE forbids downloads")
+    try:
+        urlopen(Request(catalog.weights_host(entry), method="HEAD"), timeout=_CONNECT_TIMEOUT_SECONDS).close()  # noqa: S310
+    except HTTPError:
+        return  # an answer, whatever it says
+    except URLError as error:
+        if not isinstance(error.reason, ssl.SSLError):  # certificates are for the downloader to judge
+            raise

@@ -1,0 +1,87 @@
+"""Many images: found, decoded ahead in threads, predicted in batches, handed out as soon as they are done."""
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from finetune.data.dataset import to_tensor
+from finetune.data.decode import decode_image, looks_like_image
+from finetune.errors import ImageError, PredictionInputError
+from finetune.prediction.classifier import Classifier
+from finetune.runs.records import FailedPrediction, Prediction
+
+
+def find_inputs(inputs: Sequence[str]) -> list[Path]:
+    """Turn files, folders (with all below) and patterns into a list of image paths, each input in its own order.
+
+    A file named outright is taken whatever it is, so that what is wrong with it is told with its prediction.
+
+    Raises:
+        PredictionInputError: A folder holds no image, or a pattern matches nothing.
+    """
+    paths: list[Path] = []
+    for text in inputs:
+        path = Path(text)
+        if path.is_dir():
+            found = [Path(folder) / name for folder, _, names in _walk(path) for name in sorted(names)]
+            found = [file for file in found if not file.name.startswith(".") and looks_like_image(file)]
+            if not found:
+                raise PredictionInputError(f"the folder {text} holds no images", "check the path")
+            paths += found
+        elif not path.exists() and glob.has_magic(text):
+            matched = sorted(Path(match) for match in glob.glob(text, recursive=True))  # noqa: PTH207 (absolute patterns too)
+            if not matched:
+                raise PredictionInputError(f"no file matches {text}", "check the pattern")
+            paths += [file for file in matched if file.is_file()]
+        else:
+            paths.append(path)
+    return paths
+
+
+def predict_many(
+    classifier: Classifier, paths: Sequence[Path], *, batch_size: int = 32, top_k: int = 5
+) -> Iterator[Prediction | FailedPrediction]:
+    """Predict the images at `paths` and yield each result in their order, a batch at a time.
+
+    An image that cannot be read yields its reason; the others go on. While a batch is computed, the next is decoded.
+    """
+
+    def prepare(path: Path) -> torch.Tensor | ImageError:
+        try:
+            return torch.as_tensor(classifier.transform(to_tensor(decode_image(path))))
+        except ImageError as error:
+            return error
+
+    remaining = iter(paths)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ahead = [(path, pool.submit(prepare, path)) for path in islice(remaining, batch_size)]
+        while ahead:
+            batch, ahead = ahead, [(path, pool.submit(prepare, path)) for path in islice(remaining, batch_size)]
+            prepared = [(str(path), future.result()) for path, future in batch]
+            yield from _predict_batch(classifier, prepared, top_k=top_k)
+
+
+def _predict_batch(
+    classifier: Classifier, prepared: Sequence[tuple[str, torch.Tensor | ImageError]], *, top_k: int
+) -> Iterator[Prediction | FailedPrediction]:
+    readable = [(name, item) for name, item in prepared if isinstance(item, torch.Tensor)]
+    predictions = iter(())  # type: Iterator[Prediction]
+    if readable:
+        probabilities_BK = classifier.probabilities(torch.stack([image for _, image in readable]))
+        predictions = iter(classifier.describe([name for name, _ in readable], probabilities_BK, top_k=top_k))
+    for name, item in prepared:
+        if isinstance(item, ImageError):
+            yield FailedPrediction(image=name, code=item.reason, message=item.detail)
+        else:
+            yield next(predictions)
+
+
+def _walk(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
+        yield folder, folders, names

@@ -1,0 +1,30 @@
+"""On what a run was made: versions, machine, device, threads."""
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+PACKAGES = ("finetune", "torch", "torchvision", "timm", "accelerate", "scikit-learn", "numpy", "pillow", "safetensors")
+
+
+def describe_environment(*, device: str, threads: int, seed: int) -> dict[str, Any]:
+    """Return what environment.json holds; `threads` are those torch computes with."""
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device": device,
+        "threads": threads,
+        "seed": seed,
+        "command": sys.argv,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,207 @@
+"""The run folder: its names, how it is opened, and how files get into it whole."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import RunError, StorageError
+from finetune.runs import strict_json
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run, by name. `train` writes them; every other command only reads."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config; training with it repeats the run."""
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, device, threads and seed."""
+        return self.path / "environment.json"
+
+    @property
+    def split(self) -> Path:
+        """Which image went to which split."""
+        return self.path / "split.csv"
+
+    @property
+    def bad_files(self) -> Path:
+        """The images that could not be read, with the reason."""
+        return self.path / "bad_files.csv"
+
+    @property
+    def advice(self) -> Path:
+        """Evidence, scenario and plan."""
+        return self.path / "advice.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line: baselines, epochs, final scores."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def model(self) -> Path:
+        """The best model, self-describing."""
+        return self.path / "model.safetensors"
+
+    @property
+    def predictions(self) -> Path:
+        """Every validation and test image with its prediction."""
+        return self.path / "predictions.csv"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Training state for a resume."""
+        return self.path / "checkpoints"
+
+    @property
+    def plots(self) -> Path:
+        """Curves, confusion matrix and samples."""
+        return self.path / "plots"
+
+    def record(self, event: str, values: Mapping[str, object]) -> None:
+        """Append one event to metrics.jsonl."""
+        line = strict_json.dump({"event": event, **values}) + "\n"
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(line)
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return the events of metrics.jsonl, oldest first; a last line cut off by a kill is left out."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+
+def next_free_folder(data: str, model: str) -> Path:
+    """Return runs/<data>-<model>, or with -2, -3 … appended where that is taken."""
+    stem = "-".join(re.sub(r"[^\w.]+", "-", part).strip("-.") or "data" for part in (Path(data).resolve().stem, model))
+    number = 1
+    while (path := Path("runs") / (stem if number == 1 else f"{stem}-{number}")).exists():
+        number += 1
+    return path
+
+
+@contextmanager
+def open_run(path: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[RunFolder]:
+    """Create the run folder at `path`, or open it again, and hold it against a second process.
+
+    Raises:
+        RunError: It holds files and neither `resume` nor `overwrite` is asked for, it holds something else than a run,
+            there is nothing to resume, or another process is training in it.
+        StorageError: It cannot be created.
+    """
+    run = RunFolder(path)
+    entries = _entries(path)
+    if resume and not run.config.exists():
+        raise RunError(f"there is no run to resume in {path}", "check --output, or leave --resume out to start anew")
+    if entries and not resume and not overwrite:
+        raise RunError(
+            f"{path} is not empty", "pass --resume to go on with it, --overwrite to empty it, or another --output"
+        )
+    if entries and overwrite and not run.config.exists():
+        raise RunError(f"{path} holds files but no run, so it is not emptied", "choose another --output")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"cannot create the run folder {path}: {error.strerror}", "choose another --output"
+        ) from error
+    with _lock(path):
+        if overwrite:
+            _empty(path)
+        yield run
+
+
+def find_model_file(path: Path) -> Path:
+    """Return the model.safetensors that `path` means: the file itself, or the one in a run folder.
+
+    Raises:
+        RunError: There is no such file or folder, or the run has not written its model yet.
+    """
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise RunError(f"there is no run folder or model file {path}", "check the path; `finetune train` prints it")
+    model = RunFolder(path).model
+    if not model.is_file():
+        raise RunError(
+            f"{path} holds no model.safetensors", "its training has not ended: go on with `finetune train --resume`"
+        )
+    return model
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write `content` to `path` so that a reader, or a power cut, finds the old file or the new one, never a part.
+
+    Raises:
+        StorageError: The disk is full or refuses.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"cannot write {path}: {error.strerror}", "free some space or choose another --output"
+        ) from error
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in the folder `path` durable, as fsync on a file does its bytes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _entries(path: Path) -> list[Path]:
+    if not path.exists():
+        return []
+    if not path.is_dir():
+        raise RunError(f"{path} is a file, not a run folder", "choose another --output")
+    return [entry for entry in path.iterdir() if entry.name != ".lock"]
+
+
+def _empty(path: Path) -> None:
+    for entry in _entries(path):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold `.lock`; the kernel lets go of it when the process ends, however it ends."""
+    with (path / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise RunError(
+                f"process {file.read().strip()} is training in {path}", "wait for it, or stop it first"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -1,0 +1,323 @@
+"""The only place where a config becomes objects: images, network, advice, plan, and all that the loop works on."""
+
+import random
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from finetune.advice.choose import choose
+from finetune.advice.measure import measure
+from finetune.config.schema import OPTION_NAMES, TrainConfig
+from finetune.config.yaml_io import to_yaml
+from finetune.data.check import require_trainable
+from finetune.data.dataset import ImageDataset
+from finetune.data.loaders import fastest_workers, split_loaders, training_loader
+from finetune.data.read import read_images
+from finetune.data.scan import write_bad_files
+from finetune.data.split import apply_split, split_table, write_split_csv
+from finetune.data.table import ImageTable
+from finetune.data.transforms import training_transform
+from finetune.errors import ConfigError, RunError
+from finetune.evaluation.infer import probabilities_of
+from finetune.models.freezing import freeze_stages, frozen_count
+from finetune.models.heads import head_module, load_linear_head
+from finetune.models.initialize import Backbone, build_backbone
+from finetune.models.param_groups import parameter_groups
+from finetune.models.stages import stage_parameters
+from finetune.runs import strict_json
+from finetune.runs.environment import describe_environment
+from finetune.runs.folder import RunFolder, write_whole
+from finetune.runs.records import LabelMap
+from finetune.runs.reporting import Reporter
+from finetune.training.checkpoint import SavedState, read_state, restore_state
+from finetune.training.loop import Learner
+from finetune.training.objectives import balanced_class_weights, build_criterion
+from finetune.training.plan import Plan, make_plan
+from finetune.training.progress import Progress
+from finetune.training.schedules import build_schedule
+from finetune.training.study import Baselines, study_images
+
+FREE_TO_CHANGE = frozenset({"output", "overwrite", "resume", "epochs", "workers", "device"})
+"""Options that a resume may be given anew."""
+
+
+@dataclass(kw_only=True)
+class Job:
+    """Everything a training works with, ready to run."""
+
+    config: TrainConfig
+    run: RunFolder
+    table: ImageTable
+    label_map: LabelMap
+    backbone: Backbone
+    plan: Plan
+    learner: Learner
+    loaders: dict[str, DataLoader[Any]]
+    progress: Progress
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a resume must find unchanged."""
+        return {
+            "options": _fixed_options(self.config),
+            "plan": asdict(self.plan),  # epochs among it, so that a longer training is noticed
+            "data_fingerprint": self.table.fingerprint(),
+        }
+
+
+def assemble(config: TrainConfig, run: RunFolder, reporter: Reporter) -> Job:
+    """Turn `config` into a job: a new one, or with `resume` the one that was interrupted in `run`.
+
+    Raises:
+        ConfigError, DataError, ModelError: The options, the images or the network cannot be used.
+        RunError: A resume finds other options or images than were saved, or no state to go on from.
+    """
+    accelerator = build_accelerator(config.device, config.precision)
+    seed_everything(config.seed)
+    saved = read_state(run, reporter) if config.resume else None
+    table, label_map = _images(config, run, reporter)
+    backbone = _network(config, len(label_map), accelerator, use_pretrained=config.use_pretrained and saved is None)
+    loaders = split_loaders(table, label_map, backbone.input_spec, batch_size=config.batch_size)
+    if saved:
+        values = saved.values["identity"]["plan"]
+        plan = Plan(**values | {"frozen_stages": tuple(values["frozen_stages"])})
+        plan = replace(plan, epochs=plan.epochs if config.epochs == "auto" else config.epochs)
+    else:
+        plan = _start(config, run, backbone, loaders, device=accelerator.device, reporter=reporter)
+        if plan.start == "fresh" and config.use_pretrained:
+            backbone = _network(config, len(label_map), accelerator, use_pretrained=False)
+    freeze_stages(backbone.module, backbone.stages, len(plan.frozen_stages))
+    workers = _workers(config, backbone, loaders["valid"], accelerator.device)
+    loaders = split_loaders(table, label_map, backbone.input_spec, batch_size=config.batch_size, workers=workers)
+    loaders["train"] = _training_loader(config, backbone, table, label_map, workers=workers)
+    learner = _learner(config, backbone, plan, loaders["train"], accelerator)
+    job = Job(
+        config=_resolved(config, plan, backbone, workers),
+        run=run,
+        table=table,
+        label_map=label_map,
+        backbone=backbone,
+        plan=plan,
+        learner=learner,
+        loaders=loaders,
+        progress=Progress(),
+    )
+    if saved:
+        _refuse_changes(saved, job)
+        job.progress = restore_state(saved, learner, is_longer=plan.epochs != values["epochs"])
+        _forget_later_events(run, saved)
+    else:
+        environment = describe_environment(
+            device=str(accelerator.device), threads=torch.get_num_threads(), seed=config.seed
+        )
+        write_whole(run.environment, strict_json.dump(environment, indent=1))
+        write_whole(run.config, to_yaml(job.config))
+    return job
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators; loaders and splits have their own."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def build_accelerator(device: str, precision: str) -> Accelerator:
+    """Return accelerate's handle on the device, the number format and the processes.
+
+    Raises:
+        ConfigError: The device is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device in available and not available[device]:
+        raise ConfigError(f"--device {device} is not available here", "use --device auto, or cpu")
+    if precision == "auto":
+        on_gpu = device in ("auto", "cuda") and available["cuda"]
+        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+    return Accelerator(cpu=device == "cpu", mixed_precision="no" if precision == "fp32" else precision)
+
+
+def _images(config: TrainConfig, run: RunFolder, reporter: Reporter) -> tuple[ImageTable, LabelMap]:
+    images = read_images(
+        Path(config.data),
+        label_names=config.label_names,
+        allow_bad_images=config.allow_bad_images,
+        reporter=reporter,
+    )
+    write_bad_files(images.scan.bad_files, run.bad_files)
+    for finding in images.diagnosis.findings:
+        if finding.severity == "warning":
+            reporter.say(f"Warning: {finding.message}")
+    require_trainable(images.diagnosis)
+    if config.resume:
+        return apply_split(images.scan.table, run.split), images.label_map
+    table = split_table(images.scan.table, seed=config.seed, valid_fraction=config.valid_fraction)
+    write_split_csv(table, run.split)
+    return table, images.label_map
+
+
+def _network(config: TrainConfig, class_count: int, accelerator: Accelerator, *, use_pretrained: bool) -> Backbone:
+    backbone = build_backbone(
+        config.model,
+        num_classes=class_count,
+        use_pretrained=use_pretrained,
+        weights=config.weights,
+        head=config.head,
+        image_size=None if config.image_size == "auto" else config.image_size,
+    )
+    backbone.module.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return backbone
+
+
+def _start(
+    config: TrainConfig,
+    run: RunFolder,
+    backbone: Backbone,
+    loaders: dict[str, DataLoader[Any]],
+    *,
+    device: torch.device,
+    reporter: Reporter,
+) -> Plan:
+    """Study the images, choose the scenario, make the plan and put the solved head in; write down all of it."""
+    class_count = head_module(backbone.module).weight.shape[0]
+    is_linear = isinstance(head_module(backbone.module), torch.nn.Linear)
+    study = study_images(backbone, loaders, class_count=class_count, seed=config.seed, device=device, reporter=reporter)
+    evidence = measure(study.train, study.probe, is_pretrained=config.use_pretrained or config.weights is not None)
+    requested = "small-similar" if config.feature_extract else config.scenario
+    advice = choose(evidence, requested=None if requested == "auto" else requested)
+    frozen = frozen_count(advice.scenario, backbone.module, backbone.stages, images_per_class=evidence.images_per_class)
+    plan = make_plan(
+        config,
+        scenario=advice.scenario,
+        frozen_stages=tuple(stage.name for stage in backbone.stages[:frozen]),
+        can_solve_head=is_linear,
+        steps_per_epoch=-(-len(study.train) // config.batch_size),
+    )
+    if plan.head_start == "probe":
+        load_linear_head(backbone.module, torch.from_numpy(study.probe.weight_KD), torch.from_numpy(study.probe.bias_K))
+    write_whole(run.advice, strict_json.dump({**advice.to_json(), "plan": asdict(plan)}, indent=1))
+    run.record("baseline", study.baselines.to_json())
+    run.record("probe", {**study.probe.summary(), "head_start": plan.head_start})
+    _tell(reporter, study.baselines, advice.scenario, advice.reason)
+    return plan
+
+
+def _tell(reporter: Reporter, baselines: Baselines, scenario: str, reason: str) -> None:
+    reporter.say(
+        f"Validation accuracy to beat: majority {baselines.majority:.1%}, nearest neighbours {baselines.knn:.1%}, "
+        f"linear probe {baselines.probe:.1%}."
+    )
+    reporter.say(f"Scenario {scenario}: {reason}")
+
+
+def _training_loader(
+    config: TrainConfig, backbone: Backbone, table: ImageTable, label_map: LabelMap, *, workers: int
+) -> DataLoader[Any]:
+    transform = training_transform(backbone.input_spec, config.augmentation)
+    dataset = ImageDataset(table.select("train"), label_map, transform=transform, seed=config.seed)
+    weights_N = None
+    if config.imbalance == "balanced-sampling":
+        class_indices_N = torch.tensor(dataset.class_indices)
+        weights_N = 1.0 / torch.bincount(class_indices_N)[class_indices_N].double()
+    return training_loader(dataset, batch_size=config.batch_size, seed=config.seed, workers=workers, weights=weights_N)
+
+
+def _workers(config: TrainConfig, backbone: Backbone, loader: DataLoader[Any], device: torch.device) -> int:
+    if config.workers != "auto":
+        return config.workers
+    was_training = backbone.module.training
+    backbone.module.eval()
+    workers = fastest_workers(
+        loader.dataset,  # type: ignore[arg-type]
+        batch_size=config.batch_size,
+        consume=lambda images_BCHW: probabilities_of(backbone.module, images_BCHW.to(device)),
+    )
+    backbone.module.train(was_training)
+    return workers
+
+
+def _learner(
+    config: TrainConfig, backbone: Backbone, plan: Plan, loader: DataLoader[Any], accelerator: Accelerator
+) -> Learner:
+    dataset = loader.dataset
+    assert isinstance(dataset, ImageDataset)
+    class_weights_K = None
+    if config.imbalance == "class-weights":
+        counts_K = torch.bincount(
+            torch.tensor(dataset.class_indices), minlength=int(head_module(backbone.module).weight.shape[0])
+        )
+        class_weights_K = balanced_class_weights(counts_K).to(accelerator.device)
+    groups = parameter_groups(
+        backbone.module,
+        set(stage_parameters(backbone.module, backbone.stages[-1])),
+        learning_rate=plan.learning_rate,
+        trunk_learning_rate=plan.trunk_learning_rate,
+        weight_decay=config.weight_decay,
+    )
+    optimizer: torch.optim.Optimizer
+    match config.optimizer:
+        case "adamw":
+            optimizer = torch.optim.AdamW(groups)
+        case "adam":
+            optimizer = torch.optim.Adam(groups)
+        case "sgd":
+            optimizer = torch.optim.SGD(groups, momentum=0.9)
+    schedule = build_schedule(
+        optimizer,
+        config.schedule,
+        epochs=plan.epochs,
+        steps_per_epoch=len(loader),
+        warmup_epochs=config.warmup_epochs,
+        step_epochs=config.step_epochs,
+        step_factor=config.step_factor,
+    )
+    return Learner(
+        model=backbone.module,
+        criterion=build_criterion(config.head, label_smoothing=config.label_smoothing, class_weights_K=class_weights_K),
+        optimizer=optimizer,
+        schedule=schedule,
+        accelerator=accelerator,
+        max_grad_norm=config.max_grad_norm,
+    )
+
+
+def _resolved(config: TrainConfig, plan: Plan, backbone: Backbone, workers: int) -> TrainConfig:
+    return replace(
+        config,
+        scenario=plan.scenario,
+        image_size=backbone.input_spec.image_size_px,
+        epochs=plan.epochs,
+        learning_rate=plan.learning_rate,
+        trunk_learning_rate=plan.trunk_learning_rate,
+        workers=workers,
+        resume=False,
+        overwrite=False,
+    )
+
+
+def _fixed_options(config: TrainConfig) -> dict[str, Any]:
+    values = {name: getattr(config, name) for name in OPTION_NAMES if name not in FREE_TO_CHANGE}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def _refuse_changes(saved: SavedState, job: Job) -> None:
+    before, now = saved.values["identity"], job.identity()
+    changes = [
+        f"--{name.replace('_', '-')} was {before['options'].get(name)!r} and is {value!r}"
+        for name, value in now["options"].items()
+        if before["options"].get(name) != value
+    ]
+    if before["data_fingerprint"] != now["data_fingerprint"]:
+        changes.append("the images are not those that training began with")
+    if changes:
+        raise RunError(f"{job.run.path} cannot be resumed: {'; '.join(changes)}", "train anew with another --output")
+
+
+def _forget_later_events(run: RunFolder, saved: SavedState) -> None:
+    """Cut metrics.jsonl back to where the saved state left it: what came after will happen again."""
+    with run.metrics.open("r+b") as file:
+        file.truncate(saved.values["metrics_bytes"])

@@ -1,0 +1,300 @@
+"""Training state on disk: written so that a kill at any moment leaves a state to go on from.
+
+A save is a folder `step-000000123` of safetensors and strict JSON with a manifest of SHA-256 sums; no pickle is written
+or read. It is made beside its place under a hidden name, made durable, then renamed.
+"""
+
+import hashlib
+import os
+import random
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch.optim import Optimizer
+
+from finetune.errors import RunError, StorageError
+from finetune.runs import strict_json
+from finetune.runs.folder import RunFolder, sync_folder, write_whole
+from finetune.runs.reporting import Reporter
+from finetune.training.loop import Learner
+from finetune.training.progress import Progress
+
+FORMAT_NUMBER = 1
+SAVE_EVERY_SECONDS = 600.0
+KEPT = 2  # newest saves kept, beside the best
+FAILURES_BORNE = 3  # saves in a row that a full disk may spoil before training stops
+POINTER = "latest"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedState:
+    """What one save holds, read and verified."""
+
+    folder: Path
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    rng: dict[str, torch.Tensor]
+    values: dict[str, Any]
+
+
+class Checkpointer:
+    """A watcher that saves after every epoch and every ten minutes.
+
+    `identity` is what a resume must find unchanged: options and data. A save that the disk refuses leaves the older
+    ones in place and is told; the third in a row ends the training.
+    """
+
+    def __init__(self, run: RunFolder, learner: Learner, *, identity: Mapping[str, Any], reporter: Reporter) -> None:
+        self.run = run
+        self.learner = learner
+        self.identity = identity
+        self.reporter = reporter
+        self.failures = 0
+        self.saved_at = time.monotonic()
+
+    def epoch_started(self, progress: Progress) -> None:
+        """Save the start, which may turn out to be the best."""
+        if progress.global_step == 0:
+            self.save(progress)
+
+    def step_ended(self, progress: Progress) -> None:
+        """Save when ten minutes have gone by, or when training is about to stop."""
+        if progress.stop_reason or time.monotonic() - self.saved_at > SAVE_EVERY_SECONDS:
+            self.save(progress)
+
+    def epoch_ended(self, progress: Progress) -> None:
+        """Save."""
+        self.save(progress)
+
+    def save(self, progress: Progress) -> None:
+        """Write one save, then let go of those no longer needed.
+
+        Raises:
+            StorageError: The disk has refused for the third time in a row.
+        """
+        try:
+            write_state(self.run, self.learner, progress, identity=self.identity)
+        except OSError as error:
+            self.failures += 1
+            if self.failures >= FAILURES_BORNE:
+                raise StorageError(
+                    f"{self.run.checkpoints} refused {self.failures} saves in a row: {error}",
+                    "free some space, then --resume",
+                ) from error
+            self.reporter.say(f"The training state could not be saved ({error}); the one before is kept.")
+        else:
+            self.failures = 0
+        self.saved_at = time.monotonic()
+
+
+def write_state(run: RunFolder, learner: Learner, progress: Progress, *, identity: Mapping[str, Any]) -> None:
+    """Write the whole training state as one save, and prune older ones only once it is in place.
+
+    Raises:
+        OSError: The disk is full or refuses; nothing that was there before is touched.
+    """
+    model = learner.accelerator.unwrap_model(learner.model)
+    optimizer_tensors, optimizer_groups = _pack_optimizer(learner.optimizer, model)
+    files = {
+        "model.safetensors": save(
+            {name: tensor.cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+        ),
+        "optimizer.safetensors": save(optimizer_tensors),
+        "rng.safetensors": save(_pack_rng()),
+        "state.json": strict_json.dump(
+            {
+                "format_number": FORMAT_NUMBER,
+                "progress": progress.to_json(),
+                "schedule": learner.schedule.state(),
+                "optimizer_groups": optimizer_groups,
+                "identity": dict(identity),
+                "metrics_bytes": run.metrics.stat().st_size if run.metrics.exists() else 0,
+            }
+        ).encode(),
+    }
+    files["manifest.json"] = strict_json.dump(
+        {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    ).encode()
+    run.checkpoints.mkdir(exist_ok=True)
+    needed = sum(map(len, files.values()))
+    if shutil.disk_usage(run.checkpoints).free < needed:
+        raise OSError(f"{needed:,} bytes are needed and fewer are free")
+    _place(run.checkpoints / f"step-{progress.global_step:09d}", files)
+    write_whole(run.checkpoints / POINTER, f"step-{progress.global_step:09d}\n")
+    _prune(run.checkpoints, best_step=progress.best_step)
+
+
+def read_state(run: RunFolder, reporter: Reporter) -> SavedState:
+    """Read the newest save whose manifest verifies, saying which newer ones were rejected and why.
+
+    Raises:
+        RunError: No save verifies.
+    """
+    for folder in sorted(run.checkpoints.glob("step-*"), reverse=True):
+        try:
+            return _verified(folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reporter.say(f"Passed over the damaged training state {folder.name}: {error}")
+    raise RunError(f"{run.path} holds no training state to resume from", "train anew with --overwrite")
+
+
+def restore_state(state: SavedState, learner: Learner, *, is_longer: bool) -> Progress:
+    """Put model, optimiser, schedule and random generators back to where `state` was saved; return its progress.
+
+    If the training `is_longer` than the one saved, a schedule that spans the whole training goes on from where the
+    longer one is at that step.
+
+    Raises:
+        RunError: The best weights so far are gone, or the optimiser moves other parameters.
+    """
+    progress = Progress.from_json(state.values["progress"], _read_best(state))
+    learner.model.load_state_dict(state.model)
+    _unpack_optimizer(learner.optimizer, learner.model, state.optimizer, state.values["optimizer_groups"])
+    if is_longer and learner.schedule.every == "step":
+        learner.schedule.catch_up(progress.global_step)
+    else:
+        learner.schedule.restore(state.values["schedule"])
+    _unpack_rng(state.rng)
+    return progress
+
+
+def _read_best(state: SavedState) -> dict[str, torch.Tensor]:
+    """Return the best weights known when `state` was saved.
+
+    Raises:
+        RunError: Their save is gone or damaged.
+    """
+    best = state.folder.with_name(f"step-{state.values['progress']['best_step']:09d}")
+    if best == state.folder:
+        return state.model
+    try:
+        return _verified(best).model
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(
+            f"the best weights so far, {best}, cannot be read: {error}", "train anew with --overwrite"
+        ) from error
+
+
+def _place(target: Path, files: Mapping[str, bytes]) -> None:
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir()
+        for name, data in files.items():
+            with (part / name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        sync_folder(part)
+        if target.exists():  # the same step saved again, as after an interrupt at an epoch's end
+            shutil.rmtree(target)
+        part.rename(target)
+        sync_folder(target.parent)
+    except OSError:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _prune(folder: Path, *, best_step: int) -> None:
+    saves = sorted(folder.glob("step-*"))
+    kept = {save.name for save in saves[-KEPT:]} | {f"step-{best_step:09d}"}
+    for old in saves:
+        if old.name not in kept:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _verified(folder: Path) -> SavedState:
+    manifest = strict_json.parse((folder / "manifest.json").read_bytes())
+    files: dict[str, bytes] = {}
+    for name, entry in manifest.items():
+        files[name] = (folder / Path(name).name).read_bytes()
+        if len(files[name]) != entry["bytes"] or hashlib.sha256(files[name]).hexdigest() != entry["sha256"]:
+            raise ValueError(f"{name} does not match its checksum")
+    values = strict_json.parse(files["state.json"])
+    if values["format_number"] != FORMAT_NUMBER:
+        raise ValueError(f"format {values['format_number']}, where this version reads {FORMAT_NUMBER}")
+    return SavedState(
+        folder=folder,
+        model=load(files["model.safetensors"]),
+        optimizer=load(files["optimizer.safetensors"]),
+        rng=load(files["rng.safetensors"]),
+        values=values,
+    )
+
+
+def _pack_optimizer(
+    optimizer: Optimizer, model: torch.nn.Module
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Return the state tensors as "<parameter>/<state>" and the groups with parameters by name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tensors = {
+        f"{names[id(parameter)]}/{key}": value.detach().cpu().contiguous().clone()
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }
+    groups = [
+        {key: value for key, value in group.items() if key != "params"}
+        | {"params": [names[id(p)] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    return tensors, groups
+
+
+def _unpack_optimizer(
+    optimizer: Optimizer, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], groups: list[dict[str, Any]]
+) -> None:
+    parameters = dict(model.named_parameters())
+    order = [name for group in groups for name in group["params"]]
+    if order != [name for group in _pack_optimizer(optimizer, model)[1] for name in group["params"]]:
+        raise RunError("the saved optimiser moves other parameters than this run's", "train anew with --overwrite")
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    for path, tensor in tensors.items():
+        name, key = path.rsplit("/", 1)
+        states.setdefault(order.index(name), {})[key] = tensor.to(parameters[name].device)
+    plain = [group | {"params": [order.index(name) for name in group["params"]]} | _tuples(group) for group in groups]
+    optimizer.load_state_dict({"state": states, "param_groups": plain})
+
+
+def _tuples(group: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples; Adam's betas are one."""
+    return {"betas": tuple(group["betas"])} if "betas" in group else {}
+
+
+def _pack_rng() -> dict[str, torch.Tensor]:
+    """Return the states of torch's, NumPy's and Python's global generators as integer tensors."""
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, words, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.tensor([int(position), int(has_gauss), *map(int, keys)], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([float(cached)], dtype=torch.float64),
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        **{f"cuda{index}": state for index, state in enumerate(_cuda_states())},
+    }
+
+
+def _cuda_states() -> list[torch.Tensor]:
+    return list(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else []
+
+
+def _unpack_rng(states: Mapping[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["torch"])
+    position, has_gauss, *keys = states["numpy"].tolist()
+    np.random.set_state(
+        ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, float(states["numpy_gauss"][0]))
+    )
+    version, *words = states["python"].tolist()
+    gauss = states["python_gauss"].tolist()
+    random.setstate((version, tuple(words), gauss[0] if gauss else None))
+    for index in range(len(_cuda_states())):
+        if f"cuda{index}" in states:
+            torch.cuda.set_rng_state(states[f"cuda{index}"], index)

@@ -1,0 +1,69 @@
+"""The plan of a training: every "auto" resolved, every number that the loop will use."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from finetune.config.schema import TrainConfig
+from finetune.models.freezing import Scenario
+
+STEPS_WORTH = 500  # optimiser steps after which fine-tuning from a solved head has mostly settled
+EPOCHS_FINE_TUNING = (3, 10)  # fewest and most passes that make up those steps
+EPOCHS_FRESH = 30
+EPOCHS_HEAD = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will be trained, from where, how long and how fast."""
+
+    scenario: Scenario
+    frozen_stages: tuple[str, ...]
+    start: Literal["pretrained", "fresh"]
+    head_start: Literal["probe", "random"]
+    epochs: int
+    learning_rate: float
+    trunk_learning_rate: float
+
+
+def make_plan(
+    config: TrainConfig,
+    *,
+    scenario: Scenario,
+    frozen_stages: tuple[str, ...],
+    can_solve_head: bool,
+    steps_per_epoch: int,
+) -> Plan:
+    """Resolve the options of `config` that are "auto".
+
+    Args:
+        config: The options as given.
+        scenario: The scenario chosen.
+        frozen_stages: Names of the stages that stay as they are.
+        can_solve_head: Whether the output layer is linear, so that the solved probe can be put into it.
+        steps_per_epoch: Optimiser steps in a pass over the training images.
+    """
+    is_fresh = scenario == "large-different"
+    head_start: Literal["probe", "random"] = (
+        "probe" if config.head_start == "probe" and can_solve_head and not is_fresh else "random"
+    )
+    pace = 10.0 if config.optimizer == "sgd" else 1.0
+    trunk = (1e-3 if is_fresh else 1e-4) * pace if config.trunk_learning_rate == "auto" else config.trunk_learning_rate
+    head = (trunk if head_start == "probe" else 1e-3 * pace) if config.learning_rate == "auto" else config.learning_rate
+    return Plan(
+        scenario=scenario,
+        frozen_stages=frozen_stages,
+        start="fresh" if is_fresh else "pretrained",
+        head_start=head_start,
+        epochs=_epochs(scenario, head_start, steps_per_epoch) if config.epochs == "auto" else config.epochs,
+        learning_rate=head,
+        trunk_learning_rate=trunk,
+    )
+
+
+def _epochs(scenario: Scenario, head_start: str, steps_per_epoch: int) -> int:
+    if scenario == "large-different":
+        return EPOCHS_FRESH
+    if scenario == "small-similar":
+        return 0 if head_start == "probe" else EPOCHS_HEAD
+    fewest, most = EPOCHS_FINE_TUNING
+    return min(most, max(fewest, round(STEPS_WORTH / steps_per_epoch)))

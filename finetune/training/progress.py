@@ -1,0 +1,138 @@
+"""Where a training stands: the record that the loop keeps, every watcher reads, and a checkpoint stores."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(kw_only=True)
+class History:
+    """What happened, one value an epoch; losses are means over images (nats), accuracies lie in 0..1.
+
+    `start_loss` and `start_accuracy` are the validation scores before the first epoch. `best_epoch` is the epoch,
+    counted from 1, whose weights are kept; 0 is the start.
+    """
+
+    train_loss: list[float] = field(default_factory=list)
+    train_accuracy: list[float] = field(default_factory=list)
+    valid_loss: list[float] = field(default_factory=list)
+    valid_accuracy: list[float] = field(default_factory=list)
+    learning_rates: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    start_loss: float = math.nan
+    start_accuracy: float = math.nan
+    best_epoch: int = 0
+    best_accuracy: float = math.nan
+
+    def __len__(self) -> int:
+        return len(self.train_loss)
+
+    def series(self) -> dict[str, list[float]]:
+        """Return the lists with one value an epoch, by name."""
+        return {name: values for name, values in asdict(self).items() if isinstance(values, list)}
+
+
+@dataclass(kw_only=True)
+class Totals:
+    """Sums over the images of a phase so far."""
+
+    loss: float = 0.0
+    right: int = 0
+    images: int = 0
+
+    def add(self, loss: float, right: int, images: int) -> None:
+        """Count a batch with its mean loss and its right predictions."""
+        self.loss += loss * images
+        self.right += right
+        self.images += images
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss of an image, in nats; NaN before the first."""
+        return self.loss / self.images if self.images else math.nan
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right predictions, in 0..1; NaN before the first."""
+        return self.right / self.images if self.images else math.nan
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Position, sums and best weights. `epoch` and `step` count what is done; `step` starts anew each epoch.
+
+    `epochs` and `images_per_epoch` say what is planned.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+    totals: Totals = field(default_factory=Totals)
+    history: History = field(default_factory=History)
+    best_step: int = 0
+    best_weights: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    stop_reason: str = ""
+    epochs: int = 0
+    images_per_epoch: int = 0
+
+    @property
+    def has_started(self) -> bool:
+        """Whether the start has been scored."""
+        return bool(self.best_weights)
+
+    def is_best(self, accuracy: float) -> bool:
+        """Whether `accuracy` is better than the best so far: a NaN never is, and a tie keeps the earlier."""
+        return not self.has_started or accuracy > self.history.best_accuracy
+
+    def keep_best(self, model: torch.nn.Module, accuracy: float) -> None:
+        """Remember the weights of `model` as the best."""
+        self.history.best_accuracy = accuracy
+        self.history.best_epoch = self.epoch
+        self.best_step = self.global_step
+        self.best_weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all but the weights as plain values; NaN becomes None, for JSON has no NaN."""
+        history = {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in asdict(self.history).items()
+        }
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "global_step": self.global_step,
+            "totals": asdict(self.totals),
+            "history": history,
+            "best_step": self.best_step,
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], best_weights: dict[str, torch.Tensor]) -> "Progress":
+        """Read what `to_json` wrote."""
+        history: dict[str, Any] = {
+            name: math.nan if value is None else value for name, value in values["history"].items()
+        }
+        return cls(
+            epoch=values["epoch"],
+            step=values["step"],
+            global_step=values["global_step"],
+            totals=Totals(**values["totals"]),
+            history=History(**history),
+            best_step=values["best_step"],
+            best_weights=best_weights,
+        )
+
+
+class Watcher(Protocol):
+    """Looks on while a model trains; setting `progress.stop_reason` ends the training at that point."""
+
+    def epoch_started(self, progress: Progress) -> None:
+        """An epoch begins, or goes on where it was interrupted."""
+
+    def step_ended(self, progress: Progress) -> None:
+        """One optimiser step is done; `progress.totals` holds the sums of the epoch so far."""
+
+    def epoch_ended(self, progress: Progress) -> None:
+        """An epoch is done and validated; the last entries of `progress.history` are its scores."""

@@ -1,0 +1,109 @@
+"""A job carried through: train, score the best weights, and leave the run folder whole."""
+
+import csv
+import io
+import time
+from collections.abc import Sequence
+
+from finetune.data.loaders import readable
+from finetune.evaluation.infer import Predictions, predict_batches
+from finetune.evaluation.scores import Scores, score
+from finetune.models.freezing import stage_summary
+from finetune.runs.folder import write_whole
+from finetune.runs.model_file import ModelMetadata, save_model_file
+from finetune.runs.reporting import Reporter
+from finetune.training.assemble import Job
+from finetune.training.checkpoint import Checkpointer
+from finetune.training.loop import run_epochs
+from finetune.training.progress import Watcher
+from finetune.training.stopping import EarlyStopping, Interruption
+from finetune.training.watchers import EpochRecorder, ProgressBar
+
+
+def run_job(job: Job, reporter: Reporter) -> dict[str, Scores]:
+    """Train as `job` plans, then write the model, the predictions and the scores of every held-out split.
+
+    Returns:
+        The scores of "valid" and, where there is one, "test".
+
+    Raises:
+        KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; the state is saved and `--resume` goes on from it.
+        DivergedError: The loss is no longer finite.
+        StorageError: The disk has refused several saves.
+    """
+    _tell_what_learns(job, reporter)
+    started = time.monotonic()
+    with Interruption() as interruption:
+        checkpointer = Checkpointer(job.run, job.learner, identity=job.identity(), reporter=reporter)
+        watchers: list[Watcher] = [EpochRecorder(job.run), interruption, ProgressBar(reporter)]
+        if job.config.patience:
+            watchers.append(EarlyStopping(job.config.patience))
+        # The checkpointer comes last: what it saves includes what the others have done.
+        run_epochs(job.learner, job.loaders, job.plan.epochs, progress=job.progress, watchers=[*watchers, checkpointer])
+    if interruption.received is not None:
+        reporter.say(f"Interrupted; the state is saved. Go on with: finetune train --output {job.run.path} --resume")
+        raise SystemExit(128 + interruption.received)
+    _tell_the_end(job, reporter, seconds=time.monotonic() - started)
+    return _write_results(job, reporter)
+
+
+def _tell_what_learns(job: Job, reporter: Reporter) -> None:
+    rows = [
+        (row.stage, f"{row.parameters:,}", f"{row.learning:,}" if row.learning else "frozen")
+        for row in stage_summary(job.backbone.module, job.backbone.stages)
+    ]
+    reporter.table(f"What learns in {job.backbone.name}", ["stage", "parameters", "learning"], rows)
+
+
+def _tell_the_end(job: Job, reporter: Reporter, *, seconds: float) -> None:
+    history = job.progress.history
+    if not len(history):
+        reporter.say("The head was solved in closed form; no epochs were needed.")
+        return
+    if job.progress.stop_reason:
+        reporter.say(f"Stopped early: {job.progress.stop_reason}.")
+    kept = f"epoch {history.best_epoch}" if history.best_epoch else "the start, which no epoch improved on"
+    reporter.say(f"Trained for {seconds:.0f} s; kept {kept} (validation accuracy {history.best_accuracy:.1%}).")
+
+
+def _write_results(job: Job, reporter: Reporter) -> dict[str, Scores]:
+    model = job.learner.model
+    predictions: dict[str, Predictions] = {}
+    scores: dict[str, Scores] = {}
+    for split in ("valid", "test"):
+        if split in job.loaders:
+            with reporter.progress(f"Scoring {split}", len(job.table.select(split))) as advance:
+                predictions[split] = predict_batches(
+                    model, readable(job.loaders[split]), device=job.learner.accelerator.device, advance=advance
+                )
+            found = predictions[split]
+            scores[split] = score(found.class_indices_N, found.probabilities_NK, job.label_map.class_names)
+            job.run.record("evaluation", {"split": split, **scores[split].to_json()})
+    write_whole(job.run.predictions, predictions_csv(predictions, job.label_map.class_names))
+    metadata = ModelMetadata(
+        architecture=job.backbone.name,
+        head=job.backbone.head,
+        label_map=job.label_map,
+        input_spec=job.backbone.input_spec,
+        frozen_stages=job.plan.frozen_stages,
+        scenario=job.plan.scenario,
+        pretrained_weights=job.backbone.weights,
+        metrics=scores["valid"].headline(),
+        data_fingerprint=job.table.fingerprint(),
+    )
+    save_model_file(job.run.model, model.state_dict(), metadata)
+    return scores
+
+
+def predictions_csv(predictions: dict[str, Predictions], class_names: Sequence[str]) -> str:
+    """Return predictions.csv: one line an image with its split, label, predicted class and probability."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image_path", "split", "label", "predicted", "probability"])
+    for split, found in predictions.items():
+        predicted_N = found.probabilities_NK.argmax(axis=1)
+        for path, true, guess, row_K in zip(
+            found.image_paths, found.class_indices_N, predicted_N, found.probabilities_NK, strict=True
+        ):
+            writer.writerow([path, split, class_names[true], class_names[guess], f"{row_K[guess]:.6f}"])
+    return text.getvalue()

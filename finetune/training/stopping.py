@@ -1,0 +1,63 @@
+"""When to stop before the planned end: no more progress, or a signal."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+from finetune.training.progress import Progress
+
+
+class EarlyStopping:
+    """A watcher that stops once the validation accuracy has not risen for `patience` epochs."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def epoch_started(self, progress: Progress) -> None:
+        """Nothing to do."""
+
+    def step_ended(self, progress: Progress) -> None:
+        """Nothing to do."""
+
+    def epoch_ended(self, progress: Progress) -> None:
+        """Stop when the best epoch lies `patience` epochs back."""
+        if progress.epoch - progress.history.best_epoch >= self.patience:
+            progress.stop_reason = f"no better validation accuracy for {self.patience} epochs"
+
+
+class Interruption:
+    """A watcher that turns SIGINT and SIGTERM into a stop at the next step boundary, where the state can be saved.
+
+    A second signal ends the process at once. Outside the main thread Python allows no handlers, and none are set.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in getattr(self, "_before", {}).items():
+            signal.signal(number, handler)
+
+    def epoch_started(self, progress: Progress) -> None:
+        """Nothing to do."""
+
+    def step_ended(self, progress: Progress) -> None:
+        """Stop if a signal has come."""
+        if self.received is not None:
+            progress.stop_reason = f"{self.received.name} received"
+
+    epoch_ended = step_ended
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise SystemExit(128 + number)
+        self.received = signal.Signals(number)

@@ -1,0 +1,71 @@
+"""What is shown and recorded while a model trains."""
+
+import time
+from contextlib import ExitStack
+
+from finetune.runs.folder import RunFolder
+from finetune.runs.reporting import Advance, Reporter
+from finetune.training.progress import Progress
+
+
+class EpochRecorder:
+    """A watcher that appends one event an epoch to metrics.jsonl."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+
+    def epoch_started(self, progress: Progress) -> None:
+        """Record the scores of the start, before the first epoch."""
+        if progress.global_step == 0:
+            history = progress.history
+            self.run.record("start", {"valid_loss": history.start_loss, "valid_accuracy": history.start_accuracy})
+
+    def step_ended(self, progress: Progress) -> None:
+        """Nothing to do."""
+
+    def epoch_ended(self, progress: Progress) -> None:
+        """Record the scores of the epoch."""
+        last = {name: values[-1] for name, values in progress.history.series().items()}
+        best = progress.history.best_epoch
+        self.run.record("epoch", {"epoch": progress.epoch, **last, "best_epoch": best})
+
+
+class ProgressBar:
+    """A watcher that shows a bar for every epoch, with loss, accuracy, images a second and the time left."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+        self.bar = ExitStack()
+        self.advance: Advance | None = None
+        self.shown = 0
+        self.started = 0.0
+
+    def epoch_started(self, progress: Progress) -> None:
+        """Open the bar of an epoch; one that is resumed begins where it stood."""
+        label = f"Epoch {progress.epoch + 1}/{progress.epochs}"
+        self.advance = self.bar.enter_context(self.reporter.progress(label, progress.images_per_epoch))
+        self.shown, self.started = 0, time.monotonic()
+
+    def step_ended(self, progress: Progress) -> None:
+        """Move the bar."""
+        assert self.advance is not None
+        totals = progress.totals
+        rate = (totals.images - self.shown) / max(time.monotonic() - self.started, 1e-9)
+        self.advance(
+            totals.images - self.shown,
+            f"loss {totals.mean_loss:.3f}  accuracy {totals.accuracy:.1%}  {rate:.0f} images/s",
+        )
+        self.shown, self.started = totals.images, time.monotonic()
+        if progress.stop_reason:
+            self.bar.close()
+
+    def epoch_ended(self, progress: Progress) -> None:
+        """Close the bar and say how the validation went."""
+        self.bar.close()
+        history = progress.history
+        star = "  (best so far)" if history.best_epoch == progress.epoch else ""
+        self.reporter.say(
+            f"Epoch {progress.epoch}/{progress.epochs}: train loss {history.train_loss[-1]:.3f}, accuracy "
+            f"{history.train_accuracy[-1]:.1%}; valid loss {history.valid_loss[-1]:.3f}, accuracy "
+            f"{history.valid_accuracy[-1]:.1%}; {history.seconds[-1]:.0f} s{star}"
+        )

@@ -187,7 +187,7 @@ def _resize(entry: ModelEntry, module: nn.Module, image_size: int) -> None:
     try:
         if hasattr(module, "set_input_size"):  # timm's transformers resample their position embeddings
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.searchsorted")  # a matter of speed, inside timm
+                warnings.simplefilter("ignore", UserWarning)  # advice to timm about its indexing, none of it ours
                 cast(Any, module).set_input_size(img_size=image_size)
         elif isinstance(module, VisionTransformer):
             _resize_vit(module, image_size)

@@ -13,7 +13,7 @@ one rule:
 A weight tensor is one of two dimensions or more, which sets kernels and matrices apart from biases and norms.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, cast
@@ -75,7 +75,7 @@ def find_stages(model: nn.Module) -> tuple[Stage, ...]:
     groups = [*filter(lambda group: group.parameters, grouped), _Group(parameters=in_head, name="head", is_body=False)]
     groups[0].name = "stem"
     _name_the_rest(groups)
-    return _place_modules(model, groups)
+    return _place_modules(model, groups, heads)
 
 
 def stage_tensors(model: nn.Module, stage: Stage) -> dict[str, Tensor]:
@@ -162,41 +162,40 @@ def _units(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 def _name_the_rest(groups: Sequence[_Group]) -> None:
     """Call a group "blockN" by its place where it has no name, or one that is taken."""
-    taken: set[str] = set()
-    for place, group in enumerate(groups, start=1):
+    taken = {"head"}
+    for place, group in enumerate(groups[:-1], start=1):
         if not group.name or group.name in taken:
             group.name = f"block{place}"
         taken.add(group.name)
 
 
-def _place_modules(model: nn.Module, groups: Sequence[_Group]) -> tuple[Stage, ...]:
+def _place_modules(model: nn.Module, groups: Sequence[_Group], heads: Sequence[str]) -> tuple[Stage, ...]:
     """Give every module and buffer to the stage of the parameters it holds, or else to the one before it."""
     # By identity, because a few networks reach one parameter by two paths.
     stage_of = {id(model.get_parameter(name)): index for index, group in enumerate(groups) for name in group.parameters}
     modules: list[list[str]] = [[] for _ in groups]
     tensors: list[list[str]] = [[] for _ in groups]
     current = 0
-    for path, module, inside in _pieces("", model, stage_of):
-        if len(inside) > 1:
-            for name, parameter in module.named_parameters(prefix=path, recurse=False):
-                tensors[stage_of[id(parameter)]].append(name)
-            tensors[current] += [name for name, _ in module.named_buffers(prefix=path, recurse=False)]
-        else:
+
+    def place(path: str, module: nn.Module) -> None:
+        nonlocal current
+        inside = {stage_of[id(parameter)] for parameter in module.parameters()}
+        # What holds an output layer is opened too, so that the dropout before that layer is not taken for the head.
+        if len(inside) <= 1 and not any(head != path and _is_below(head, [path]) for head in heads):
             current = next(iter(inside), current)
             modules[current].append(path)
+            return
+        for name, parameter in module.named_parameters(prefix=path, recurse=False):
+            tensors[stage_of[id(parameter)]].append(name)
+        tensors[current] += [name for name, _ in module.named_buffers(prefix=path, recurse=False)]
+        for name, child in module.named_children():
+            place(f"{path}.{name}" if path else name, child)
+
+    place("", model)
     return tuple(
         Stage(name=group.name, modules=tuple(paths), tensors=tuple(names), is_body=group.is_body)
         for group, paths, names in zip(groups, modules, tensors, strict=True)
     )
-
-
-def _pieces(path: str, module: nn.Module, stage_of: Mapping[int, int]) -> Iterator[tuple[str, nn.Module, set[int]]]:
-    """Walk down in order as far as a module lies in one stage; yield each module with the stages it touches."""
-    inside = {stage_of[id(parameter)] for parameter in module.parameters()}
-    yield path, module, inside
-    if len(inside) > 1:
-        for name, child in module.named_children():
-            yield from _pieces(f"{path}.{name}" if path else name, child, stage_of)
 
 
 def _weight_tensors(model: nn.Module, names: Iterable[str]) -> list[str]:

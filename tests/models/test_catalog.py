@@ -112,7 +112,7 @@ def test_input_spec_is_the_entrys_own(name: str, size_px: int, resize_px: int, i
         ("densenet", 7_978_856),
         ("inception", 27_161_264),
         ("efficientnet_lite0", 4_652_008),
-        ("timm/convnext_atto", 3_697_400),
+        ("timm/resnet18.a1_in1k", 11_689_512),
     ],
 )
 def test_description_counts_the_published_parameters(name: str, parameters: int) -> None:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.functional import cross_entropy
 from torchvision.models import resnet18
 
 from finetune.errors import ConfigError, ModelError
 from finetune.models.freezing import learnable_parameters
+from finetune.models.heads import head_module
 from finetune.models.initialize import build_backbone, initialize_model
 
 LEARNING = {
@@ -34,9 +34,10 @@ def test_family_as_feature_extractor_learns_its_head_and_nothing_else(name: str)
 
     before = {tensor_name: tensor.clone() for tensor_name, tensor in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    training_size_px = size_px if name == "inception" else 64  # smaller is quicker; Inception's auxiliary head needs it
     for _ in range(3):
         model.train()
-        output = model(torch.rand(2, 3, size_px, size_px))
+        output = model(torch.rand(2, 3, training_size_px, training_size_px))
         labels_N = torch.tensor([0, 6])
         main_NK, *auxiliary_NK = output if name == "inception" else (output,)
         loss = cross_entropy(main_NK, labels_N) + 0.4 * sum(cross_entropy(aux, labels_N) for aux in auxiliary_NK)
@@ -120,12 +121,9 @@ def test_damaged_download_is_a_model_error(tmp_path: Path, monkeypatch: pytest.M
 def test_architecture_without_weights_names_its_tags() -> None:
     with pytest.raises(ModelError, match="no pretrained weights for timm/nf_resnet26"):
         build_backbone("timm/nf_resnet26", num_classes=7)
-    with pytest.raises(ModelError) as caught:
-        build_backbone("timm/vit_tiny_patch16_224.untrained", num_classes=7)
-    assert "the nearest are" in caught.value.hint
-    with pytest.raises(ModelError) as caught:
-        build_backbone("timm/resnet18d.untrained", num_classes=7)
-    assert caught.value.hint
+    with pytest.raises(ModelError, match="no pretrained weights") as caught:
+        build_backbone("timm/resnext101_32x4d.untrained", num_classes=7)
+    assert "timm/resnext101_32x4d.gluon_in1k" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -172,12 +170,11 @@ def test_options_out_of_range_are_refused() -> None:
 
 
 def test_frozen_dropout_is_still_for_a_trunk_that_is_a_function_of_the_image() -> None:
-    model, _ = initialize_model("efficientnet_lite0", 7, True)
+    model, _ = initialize_model("mobilenet_v2", 7, True, False)
     features_ND = []
-    model.classifier.register_forward_pre_hook(lambda _, inputs: features_ND.append(inputs[0]))
-    images_BCHW = torch.rand(2, 3, 224, 224)
+    head_module(model).register_forward_pre_hook(lambda _, inputs: features_ND.append(inputs[0]))
+    images_BCHW = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         model.train()(images_BCHW)
         model.eval()(images_BCHW)
     assert torch.equal(features_ND[0], features_ND[1])
-    assert isinstance(model, nn.Module)

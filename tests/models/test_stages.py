@@ -16,7 +16,7 @@ from finetune.models.stages import Stage, count_parameters, find_stages, stage_t
 def build_torchvision(name: str) -> nn.Module:
     """Build without memory; RegNet computes its widths with tensors, so `torch.device("meta")` will not do."""
     options = {"inception_v3": {"init_weights": False}, "googlenet": {"init_weights": False, "aux_logits": False}}
-    with init_empty_weights(include_buffers=True):
+    with init_empty_weights():
         return models.get_model(name, **options.get(name, {}))
 
 

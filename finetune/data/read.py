@@ -35,6 +35,13 @@ def read_images(
         )
     source = label_names or find_label_names(data)
     shown = read_label_names(source) if source else {}
+    if (
+        source
+        and not label_names
+        and source.parent != data.absolute()
+        and not shown.keys() & set(scan.table.class_names)
+    ):
+        source, shown = None, {}  # it lies beside DATA and belongs to other data
     return LabelledImages(
         scan=scan,
         label_map=LabelMap.from_names(scan.table.class_names, shown),

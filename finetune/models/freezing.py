@@ -10,6 +10,7 @@ from functools import partial
 from typing import Literal
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.models.stages import Stage, count_parameters, stage_parameters
 
@@ -84,6 +85,18 @@ def freeze_stages(model: nn.Module, stages: Sequence[Stage], count: int) -> None
             for module in model.get_submodule(path).modules():
                 _set_frozen(module, is_frozen)
             model.get_submodule(path).train(model.training)
+
+
+def hold_batch_norm(model: nn.Module) -> None:
+    """Keep every BatchNorm in eval mode, frozen or learning: its statistics stay, its scale and shift may learn.
+
+    A small set's batches have other statistics than the millions of images that the network has seen, and a solved
+    head fits the features made with the old ones. `freeze_stages` undoes it.
+    """
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            _set_frozen(module, True)
+            module.eval()
 
 
 def frozen_stage_names(model: nn.Module, stages: Sequence[Stage]) -> tuple[str, ...]:

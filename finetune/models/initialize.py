@@ -20,7 +20,7 @@ from finetune.models.catalog import ModelEntry
 from finetune.models.freezing import freeze_stages
 from finetune.models.heads import replace_head
 from finetune.models.stages import Stage, find_stages
-from finetune.models.weights import bundled_state, load_exact, load_weights_file
+from finetune.models.weights import bundled_state, in_model_names, load_exact, load_weights_file
 from finetune.runs.model_file import HeadKind
 from finetune.runs.records import InputSpec
 
@@ -143,41 +143,48 @@ def _load_from_zoo(entry: ModelEntry, use_pretrained: bool) -> tuple[nn.Module, 
         _require_weights(entry)
         with _as_model_error(entry):
             _require_network(entry)
-            module = _build(entry, use_pretrained=True)
+            module = _download_torchvision(entry) if entry.source == "torchvision" else _download_timm(entry)
     return module, catalog.weights_source(entry)
 
 
-def _build(entry: ModelEntry, *, use_pretrained: bool = False) -> nn.Module:
-    """Build the network as its zoo does, with the zoo's head."""
-    if entry.source == "torchvision":
-        return _build_torchvision(entry, use_pretrained)
-    import timm
-
-    overlay = {}
-    file = catalog.local_weights(entry)
-    if use_pretrained and file is not None and file.suffix == ".safetensors":
-        # By its path: for a file known by its repository the hub is asked first, even if it is in the cache.
-        overlay = {"file": str(file), "custom_load": False}
-    module: nn.Module = timm.create_model(entry.architecture, pretrained=use_pretrained, pretrained_cfg_overlay=overlay)
+def _download_torchvision(entry: ModelEntry) -> nn.Module:
+    module = _build(entry)
+    # Not by torchvision's builder, which reads the file as an unrestricted pickle.
+    state = catalog.torchvision_weights(entry).get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
+    module.load_state_dict(in_model_names(module, state))
     return module
 
 
-def _build_torchvision(entry: ModelEntry, use_pretrained: bool) -> nn.Module:
+def _download_timm(entry: ModelEntry) -> nn.Module:
+    import timm
+
+    file = catalog.local_weights(entry)
+    # By its path: for a file known by its repository the hub is asked first, even if it is in the cache.
+    is_cached = file is not None and file.suffix == ".safetensors"
+    overlay = {"file": str(file), "custom_load": False} if is_cached else {}
+    model = timm.create_model(entry.architecture, pretrained=True, pretrained_cfg_overlay=overlay)
+    return cast(nn.Module, model)
+
+
+def _build(entry: ModelEntry) -> nn.Module:
+    """Build the network as its zoo does, with random weights and the zoo's head."""
+    if entry.source != "torchvision":
+        import timm
+
+        return cast(nn.Module, timm.create_model(entry.architecture))
     from torchvision.models import get_model
 
-    weights = catalog.torchvision_weights(entry)
     options: dict[str, Any] = {}
     if entry.architecture in ("inception_v3", "googlenet"):
         # Their weights were trained on inputs from -1 to 1, but their entry in the zoo asks for ImageNet normalisation,
         # and `transform_input` converts one to the other. It is set always, as a part of the architecture, so that a
         # network rebuilt without its download computes the same function.
-        options = {"transform_input": True, "init_weights": False}  # the zoo's own initialisation takes a minute
-    if entry.architecture == "googlenet" and not use_pretrained:
-        options["aux_logits"] = False  # which the zoo itself removes once its weights are loaded
+        options = {"transform_input": True, "init_weights": False}  # the zoo's own initialisation is slow
+    if entry.architecture == "googlenet":
+        options["aux_logits"] = False  # the zoo's weights have none that are trained
     if entry.architecture.startswith("vit_"):
         options["image_size"] = catalog.input_spec(entry).image_size_px
-    module: nn.Module = get_model(entry.architecture, weights=weights if use_pretrained else None, **options)
-    return module
+    return cast(nn.Module, get_model(entry.architecture, **options))
 
 
 def _resize(entry: ModelEntry, module: nn.Module, image_size: int) -> None:

@@ -51,7 +51,7 @@ def load_weights_file(model: nn.Module, path: Path, *, ignore_head: bool) -> Wei
         ModelError: the file is absent, damaged or unsafe, holds NaN or infinity, or does not fit the model.
     """
     tensors = _without_prefix(_unwrapped(_read(path), path))
-    tensors = _in_zoo_names(model, tensors)
+    tensors = in_model_names(model, tensors)
     heads = tuple(f"{layer}." for layer in head_layers(model)) if ignore_head else ()
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(heads)}
     wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(heads)}
@@ -59,7 +59,18 @@ def load_weights_file(model: nn.Module, path: Path, *, ignore_head: bool) -> Wei
     optional = {name for name in wanted if name.endswith("num_batches_tracked")} - kept.keys()
     _check_fit({name: tensor for name, tensor in wanted.items() if name not in optional}, kept, str(path))
     _fill(model, kept)
-    return WeightsReport(path=path, loaded=len(kept), dropped=tuple(tensors.keys() - kept.keys()))
+    return WeightsReport(path=path, loaded=len(kept), dropped=tuple(name for name in tensors if name not in kept))
+
+
+def in_model_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Do what torchvision does with its own files: mend DenseNet's old names, leave out GoogLeNet's auxiliary heads."""
+    kind = type(model).__name__
+    if kind == "DenseNet":
+        old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
+        return {old.sub(r"\1", name): tensor for name, tensor in tensors.items()}
+    if kind == "GoogLeNet":
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith(("aux1.", "aux2."))}
+    return tensors
 
 
 def load_exact(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -139,17 +150,6 @@ def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if not all(name.startswith("module.") for name in tensors):
         return tensors
     return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-
-
-def _in_zoo_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Do what torchvision does with its own files: DenseNet's old names, and GoogLeNet's auxiliary heads left out."""
-    kind = type(model).__name__
-    if kind == "DenseNet":
-        old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
-        return {old.sub(r"\1", name): tensor for name, tensor in tensors.items()}
-    if kind == "GoogLeNet":
-        return {name: tensor for name, tensor in tensors.items() if not name.startswith(("aux1.", "aux2."))}
-    return tensors
 
 
 def _check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:

@@ -24,7 +24,7 @@ from finetune.data.table import ImageTable
 from finetune.data.transforms import training_transform
 from finetune.errors import ConfigError, RunError
 from finetune.evaluation.infer import probabilities_of
-from finetune.models.freezing import freeze_stages, frozen_count
+from finetune.models.freezing import freeze_stages, frozen_count, hold_batch_norm
 from finetune.models.heads import head_module, load_linear_head
 from finetune.models.initialize import Backbone, build_backbone
 from finetune.models.param_groups import parameter_groups
@@ -91,6 +91,8 @@ def assemble(config: TrainConfig, run: RunFolder, reporter: Reporter) -> Job:
         if plan.start == "fresh" and config.use_pretrained:
             backbone = _network(config, len(label_map), accelerator, use_pretrained=False)
     freeze_stages(backbone.module, backbone.stages, len(plan.frozen_stages))
+    if plan.batch_norm == "eval":
+        hold_batch_norm(backbone.module)
     workers = _workers(config, backbone, loaders["valid"], accelerator.device)
     loaders = split_loaders(table, label_map, backbone.input_spec, batch_size=config.batch_size, workers=workers)
     loaders["train"] = _training_loader(config, backbone, table, label_map, workers=workers)
@@ -195,7 +197,7 @@ def _start(
         scenario=advice.scenario,
         frozen_stages=tuple(stage.name for stage in backbone.stages[:frozen]),
         can_solve_head=is_linear,
-        steps_per_epoch=-(-len(study.train) // config.batch_size),
+        images=len(study.train),
     )
     if plan.head_start == "probe":
         load_linear_head(backbone.module, torch.from_numpy(study.probe.weight_KD), torch.from_numpy(study.probe.bias_K))

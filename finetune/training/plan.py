@@ -1,5 +1,6 @@
 """The plan of a training: every "auto" resolved, every number that the loop will use."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,7 @@ from finetune.models.freezing import Scenario
 STEPS_WORTH = 500  # optimiser steps after which fine-tuning from a solved head has mostly settled
 EPOCHS_FINE_TUNING = (3, 10)  # fewest and most passes that make up those steps
 EPOCHS_FRESH = 30
+OWN_STATISTICS = 20_000  # training images from which BatchNorm does better with the data's own statistics
 EPOCHS_HEAD = 20
 
 
@@ -23,6 +25,8 @@ class Plan:
     epochs: int
     learning_rate: float
     trunk_learning_rate: float
+    batch_norm: Literal["eval", "train"]
+    """Mode of the BatchNorm layers that learn; "eval" keeps the statistics of the pretrained network."""
 
 
 def make_plan(
@@ -31,7 +35,7 @@ def make_plan(
     scenario: Scenario,
     frozen_stages: tuple[str, ...],
     can_solve_head: bool,
-    steps_per_epoch: int,
+    images: int,
 ) -> Plan:
     """Resolve the options of `config` that are "auto".
 
@@ -40,7 +44,7 @@ def make_plan(
         scenario: The scenario chosen.
         frozen_stages: Names of the stages that stay as they are.
         can_solve_head: Whether the output layer is linear, so that the solved probe can be put into it.
-        steps_per_epoch: Optimiser steps in a pass over the training images.
+        images: Training images.
     """
     is_fresh = scenario == "large-different"
     head_start: Literal["probe", "random"] = (
@@ -54,9 +58,12 @@ def make_plan(
         frozen_stages=frozen_stages,
         start="fresh" if is_fresh else "pretrained",
         head_start=head_start,
-        epochs=_epochs(scenario, head_start, steps_per_epoch) if config.epochs == "auto" else config.epochs,
+        epochs=_epochs(scenario, head_start, math.ceil(images / config.batch_size))
+        if config.epochs == "auto"
+        else config.epochs,
         learning_rate=head,
         trunk_learning_rate=trunk,
+        batch_norm="train" if is_fresh or images >= OWN_STATISTICS else "eval",
     )
 
 

@@ -1,12 +1,16 @@
 """The factory, walked for the six families, both zoos, weight files and machines without network."""
 
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
-from torchvision.models import resnet18
+from torchvision.models import googlenet, resnet18
 
 from finetune.errors import ConfigError, ModelError
 from finetune.models.freezing import learnable_parameters
@@ -109,13 +113,51 @@ def test_download_that_fails_says_what_to_do_at_once(
         assert way_out in caught.value.hint
 
 
-def test_damaged_download_is_a_model_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def torch_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which torchvision looks for what it has downloaded before."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    file = tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth"
-    file.parent.mkdir(parents=True)
-    file.write_bytes(b"half a download")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_torchvision_weights_from_the_cache(torch_hub: Path) -> None:
+    source = googlenet(init_weights=False, aux_logits=True)
+    torch.save(source.state_dict(), torch_hub / "googlenet-1378be20.pth")
+    backbone = build_backbone("googlenet", num_classes=7)
+    assert backbone.weights == "torchvision IMAGENET1K_V1"
+    assert torch.equal(backbone.module.inception5b.branch1.conv.weight, source.inception5b.branch1.conv.weight)
+
+
+def test_timm_weights_from_the_cache_ask_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = timm.create_model("test_resnet")
+    file = tmp_path / "model.safetensors"
+    save_file(source.state_dict(), file)
+    monkeypatch.setattr("finetune.models.catalog.local_weights", lambda _: file)
+    backbone = build_backbone("timm/test_resnet", num_classes=7)
+    assert backbone.weights.startswith("Hugging Face timm/test_resnet")
+    assert torch.equal(backbone.module.conv1[0].weight, source.conv1[0].weight)
+
+
+class Malicious:
+    """Writes a marker file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("damage", ["half a download", "code"])
+def test_bad_file_in_the_cache_is_refused_and_runs_nothing(damage: str, torch_hub: Path, tmp_path: Path) -> None:
+    file, marker = torch_hub / "alexnet-owt-7be5be79.pth", tmp_path / "marker"
+    torch.save({"a": Malicious(marker)} if damage == "code" else damage.encode(), file)
     with pytest.raises(ModelError, match="cannot get the weights of torchvision/alexnet"):
         build_backbone("alexnet", num_classes=7)
+    assert not marker.exists()
 
 
 def test_architecture_without_weights_names_its_tags() -> None:

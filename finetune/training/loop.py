@@ -185,7 +185,7 @@ def _require_finite(value: torch.Tensor, what: str, learner: Learner, batch: Seq
     rate = learner.optimizer.param_groups[0]["lr"]
     images = f" on {first_ten(batch[2])}" if len(batch) > 2 else ""
     raise DivergedError(
-        f"the {what} became {float(value)} at learning rate {rate:g}{images}; that step was not taken",
+        f"the {what} became {value.item()} at learning rate {rate:g}{images}; that step was not taken",
         "train with a lower --learning-rate and --trunk-learning-rate, or with --max-grad-norm 1",
     )
 

@@ -1,5 +1,6 @@
 """How the learning rates move, in torch's own schedulers."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,8 +48,12 @@ class Schedule:
             self.scheduler.step()
 
     def state(self) -> dict[str, Any]:
-        """Return what a resume needs, plain values only."""
-        return dict(self.scheduler.state_dict())
+        """Return what a resume needs, plain values only.
+
+        The plateau schedule's infinities are left out: JSON has none, and a new schedule begins with the same ones.
+        """
+        state = self.scheduler.state_dict()
+        return {name: value for name, value in state.items() if not isinstance(value, float) or math.isfinite(value)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` returned."""

@@ -1,0 +1,57 @@
+"""Every "auto" resolved."""
+
+import pytest
+
+from finetune.config import TrainConfig
+from finetune.training.plan import Plan, make_plan
+
+
+def plan(scenario: str, *, can_solve_head: bool = True, images: int = 320, **options: object) -> Plan:
+    config = TrainConfig(data="x", **options)  # type: ignore[arg-type]
+    return make_plan(
+        config,
+        scenario=scenario,
+        frozen_stages=("stem",),
+        can_solve_head=can_solve_head,
+        images=images,  # type: ignore[arg-type]
+    )
+
+
+def test_a_solved_head_alone_needs_no_epochs() -> None:
+    assert plan("small-similar").epochs == 0
+    assert plan("small-similar", epochs=3).epochs == 3
+
+
+def test_a_head_that_cannot_be_solved_is_trained() -> None:
+    found = plan("small-similar", can_solve_head=False)
+    assert found.head_start == "random"
+    assert found.epochs > 0
+    assert found.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(("images", "epochs"), [(320, 10), (3_200, 5), (320_000, 3)])
+def test_fine_tuning_lasts_about_five_hundred_steps(images: int, epochs: int) -> None:
+    assert plan("large-similar", images=images).epochs == epochs
+
+
+def test_a_fresh_start_has_a_random_head_a_high_rate_and_its_own_statistics() -> None:
+    found = plan("large-different")
+    assert (found.start, found.head_start, found.batch_norm) == ("fresh", "random", "train")
+    assert found.trunk_learning_rate == 1e-3
+
+
+def test_a_solved_head_learns_at_the_rate_of_the_trunk() -> None:
+    found = plan("large-similar")
+    assert found.learning_rate == found.trunk_learning_rate == 1e-4
+    assert plan("large-similar", optimizer="sgd").trunk_learning_rate == pytest.approx(1e-3)
+
+
+def test_what_is_given_is_taken() -> None:
+    found = plan("small-different", learning_rate=0.3, trunk_learning_rate=0.2, epochs=7, head_start="random")
+    assert (found.learning_rate, found.trunk_learning_rate, found.epochs) == (0.3, 0.2, 7)
+    assert found.head_start == "random"
+
+
+def test_statistics_follow_large_data_only() -> None:
+    assert plan("large-similar", images=19_999).batch_norm == "eval"
+    assert plan("large-similar", images=20_000).batch_norm == "train"

@@ -16,6 +16,7 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parents[1]
@@ -82,29 +83,28 @@ def main() -> None:
             arm: [one_run(data, folder / f"{arm}-{seed}", options, seed) for seed in SEEDS]
             for arm, options in ARMS.items()
         }
-    record = {
+    record: dict[str, Any] = {
         "command": "python tests/benchmarks/scenarios_on_stamps.py",
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "machine": {"processors": os.cpu_count(), "platform": platform.platform(), "device": "cpu"},
         "runs": results,
     }
-    text = [
-        "# Scenarios on real photographs",
-        "",
-        f"`{record['command']}`; 210 photographs of 8 classes, a fifth held out, seeds 0 to 4 (a split each), default",
-        f"backbone, {os.cpu_count()} processors, no GPU; {', '.join(f'{k} {v}' for k, v in record['versions'].items())}.",
-        "",
-        table(results),
-        "",
-        "About 43 images are held out in a run: one is 2.3 points, and the binomial standard error of a run about 5.",
-        "`large-similar` starts from the solved head and keeps the epoch that is best on the images it is scored on, its",
-        "start among them: its accuracy is therefore optimistic, and cannot fall below the probe's. The column of the last",
-        "epoch is free of that choice.",
-        "",
-    ]
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    text = f"""# Scenarios on real photographs
+
+`{record["command"]}`: 210 photographs of 8 classes, a fifth held out, seeds 0 to 4 (a split each), default backbone,
+{os.cpu_count()} processors, no GPU; {versions}.
+
+{table(results)}
+
+About 43 images are held out in a run: one is 2.3 points, and the binomial standard error of a run about 5.
+`large-similar` starts from the solved head and keeps the epoch that is best on the images it is scored on, its start
+among them: its accuracy is therefore optimistic and cannot fall below the probe's. The column of the last epoch is free
+of that choice.
+"""
     (HERE / "results").mkdir(exist_ok=True)
     (HERE / "results" / "scenarios_on_stamps.json").write_text(json.dumps(record, indent=1) + "\n")
-    (HERE / "results" / "scenarios_on_stamps.md").write_text("\n".join(text))
+    (HERE / "results" / "scenarios_on_stamps.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,10 @@ def test_everything_is_put_back_when_a_batch_fails() -> None:
 
 def test_frozen_stages_stay_in_eval_mode() -> None:
     model = linear_network()
-    stages = [Stage(name="body", modules=("0", "1"), is_body=True), Stage(name="head", modules=("4",), is_body=False)]
+    stages = [
+        Stage(name="body", modules=("0", "1"), tensors=(), is_body=True),
+        Stage(name="head", modules=("4",), tensors=(), is_body=False),
+    ]
     freeze_stages(model, stages, 1)
     extract_features(model, model[-1], batches(2), device=CPU)
     assert [module.training for module in model] == [False, False, True, True, True]

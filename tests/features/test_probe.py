@@ -34,11 +34,8 @@ def oracle(train: Features, strength: float) -> np.ndarray:
     [([30, 20, 25], 6), ([30, 20], 6), ([8, 6, 7], 60), ([9, 7], 60), ([10, 11], 21)],
     ids=["3 classes", "2 classes", "3 classes, few images", "2 classes, few images", "as many images as features"],
 )
-@pytest.mark.parametrize("spread", [0.5, 3.0], ids=["apart", "mixed"])
-def test_probabilities_equal_those_of_scikit_learn_on_raw_features(
-    counts: list[int], dimensions: int, spread: float
-) -> None:
-    train = blobs(counts, dimensions=dimensions, spread=spread)
+def test_probabilities_equal_those_of_scikit_learn_on_raw_features(counts: list[int], dimensions: int) -> None:
+    train = blobs(counts, dimensions=dimensions, spread=2.0)
     probe = solve_probe(train, class_count=len(counts), seed=0)
     assert (probe.weight_KD.shape, probe.weight_KD.dtype) == ((len(counts), dimensions), np.float32)
     assert (probe.bias_K.shape, probe.bias_K.dtype) == ((len(counts),), np.float32)
@@ -48,13 +45,17 @@ def test_probabilities_equal_those_of_scikit_learn_on_raw_features(
 
 @pytest.mark.parametrize("dimensions", [5, 80], ids=["more images", "more features"])
 def test_accuracy_is_that_of_a_stratified_cross_validation(dimensions: int) -> None:
-    train = blobs([14, 12, 13], dimensions=dimensions, spread=3.0)
+    train = blobs([9, 7, 8], dimensions=dimensions, spread=3.0)
     probe = solve_probe(train, class_count=3, seed=4)
     standard_ND = StandardScaler().fit_transform(train.features_ND.astype(np.float64))
     folds = StratifiedKFold(5, shuffle=True, random_state=4)
     scores_SF = [
         cross_val_score(
-            LogisticRegression(C=strength, max_iter=10_000), standard_ND, train.class_indices_N, cv=folds, error_score="raise"
+            LogisticRegression(C=strength, max_iter=10_000),
+            standard_ND,
+            train.class_indices_N,
+            cv=folds,
+            error_score="raise",
         )
         for strength in STRENGTHS
     ]
@@ -88,7 +89,9 @@ def test_feature_that_never_changes_is_ignored() -> None:
     probe = solve_probe(train, class_count=2, seed=0)
     assert np.isfinite(probe.weight_KD).all()
     np.testing.assert_allclose(probe.weight_KD[:, 2], 0, atol=1e-6)
-    np.testing.assert_allclose(softmax(probe.logits(train.features_ND), axis=1), oracle(train, probe.strength), atol=1e-3)
+    np.testing.assert_allclose(
+        softmax(probe.logits(train.features_ND), axis=1), oracle(train, probe.strength), atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("dimensions", [4, 40], ids=["more images", "more features"])
@@ -116,7 +119,9 @@ def test_class_with_one_image_is_solved_beside_others(dimensions: int) -> None:
     probe = solve_probe(train, class_count=3, seed=0)
     assert probe.accuracy is not None
     assert 0.8 <= probe.accuracy < 1, "the one image cannot be held out and known"
-    np.testing.assert_allclose(softmax(probe.logits(train.features_ND), axis=1), oracle(train, probe.strength), atol=1e-3)
+    np.testing.assert_allclose(
+        softmax(probe.logits(train.features_ND), axis=1), oracle(train, probe.strength), atol=1e-3
+    )
 
 
 @pytest.mark.xfail(strict=True, reason="the fold that holds out the one image leaves one class: scikit-learn refuses")
@@ -132,7 +137,9 @@ def test_nothing_can_be_held_out_where_every_class_has_one_image() -> None:
     probe = solve_probe(train, class_count=3, seed=0)
     assert (probe.accuracy, probe.spread) == (None, None)
     assert probe.predict(train.features_ND).tolist() == [0, 1, 2]
-    np.testing.assert_allclose(softmax(probe.logits(train.features_ND), axis=1), oracle(train, probe.strength), atol=1e-3)
+    np.testing.assert_allclose(
+        softmax(probe.logits(train.features_ND), axis=1), oracle(train, probe.strength), atol=1e-3
+    )
 
 
 def test_small_classes_get_fewer_folds() -> None:

@@ -1,7 +1,7 @@
 """What strict JSON lets through, and what it does not."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.runs import strict_json
@@ -12,6 +12,7 @@ plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, a
 values = st.recursive(plain, lambda inner: st.lists(inner) | st.dictionaries(text, inner), max_leaves=20)
 
 
+@settings(deadline=None)
 @given(values)
 def test_what_is_written_is_read_back(value: object) -> None:
     assert strict_json.parse(strict_json.dump(value)) == value

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.advice.measure import Evidence
-from finetune.models.freezing import LITTLE_BELOW, Scenario, amount
+from finetune.models.freezing import LITTLE_BELOW, MEDIUM_BELOW, Scenario, amount
 
 NEAR = 0.7
 """Similarity from which the data counts as near. Of the sets in Kornblith 2019 (arXiv 1805.08974) and Salman 2020
@@ -22,7 +22,7 @@ class Advice:
 
     scenario: Scenario
     recommended: Scenario
-    runner_up: Scenario
+    runner_up: Scenario | None
     reason: str
     evidence: Evidence
 
@@ -39,53 +39,62 @@ class Advice:
 
 def choose(evidence: Evidence, *, requested: Scenario | None = None) -> Advice:
     """Choose the scenario for `evidence`; a `requested` one is taken, with the recommendation beside it."""
-    is_near = evidence.similarity >= NEAR
-    recommended = _scenario(evidence, is_near=is_near, images_per_class=evidence.images_per_class)
-    reason = _reason(evidence, is_near=is_near, scenario=recommended)
+    recommended = _scenario(
+        similarity=evidence.similarity,
+        images_per_class=evidence.images_per_class,
+        is_pretrained=evidence.is_pretrained,
+    )
+    reason = _reason(evidence, recommended)
     if requested is not None and requested != recommended:
         reason = f"{requested} was asked for; the measurement speaks for {recommended}: {reason}"
     return Advice(
         scenario=requested or recommended,
         recommended=recommended,
-        runner_up=_runner_up(evidence, recommended, is_near=is_near),
+        runner_up=_runner_up(evidence, recommended),
         reason=reason,
         evidence=evidence,
     )
 
 
-def _scenario(evidence: Evidence, *, is_near: bool, images_per_class: float) -> Scenario:
+def _scenario(*, similarity: float, images_per_class: float, is_pretrained: bool) -> Scenario:
     size = amount(images_per_class)
-    if not evidence.is_pretrained:
+    if not is_pretrained:
         return "large-different"
-    if is_near:
+    if similarity >= NEAR:
         return "small-similar" if size == "little" else "large-similar"
     if size != "much":
         return "small-different"
     # Even far from its data a pretrained start usually beats a fresh one (Evci 2022, arXiv 2201.03529).
-    return "large-similar" if evidence.similarity >= CARRIES else "large-different"
+    return "large-similar" if similarity >= CARRIES else "large-different"
 
 
-def _runner_up(evidence: Evidence, recommended: Scenario, *, is_near: bool) -> Scenario:
-    """Return what would be chosen if the measure nearest to its threshold fell on the other side."""
-    similarity_margin = abs(evidence.similarity - NEAR) / (1 - NEAR)
-    amount_margin = abs(math.log10(evidence.images_per_class / LITTLE_BELOW))
-    other_amount = LITTLE_BELOW * 100.0 if evidence.images_per_class < LITTLE_BELOW else LITTLE_BELOW / 2
-    flips = [
-        (similarity_margin, _scenario(evidence, is_near=not is_near, images_per_class=evidence.images_per_class)),
-        (amount_margin, _scenario(evidence, is_near=is_near, images_per_class=other_amount)),
-    ]
-    for _, scenario in sorted(flips):
+def _runner_up(evidence: Evidence, recommended: Scenario) -> Scenario | None:
+    """Return what would be chosen if the measure nearest to one of its thresholds fell on the other side of it.
+
+    Distances are in similarity, and in decades of images a class. Without pretrained weights nothing else is open.
+    """
+    flips: list[tuple[float, float, float]] = []
+    for threshold in (NEAR, CARRIES):
+        other = threshold - 1e-6 if evidence.similarity >= threshold else threshold
+        flips.append((abs(evidence.similarity - threshold), other, evidence.images_per_class))
+    for images in (LITTLE_BELOW, MEDIUM_BELOW):
+        other = images / 2 if evidence.images_per_class >= images else images
+        flips.append((abs(math.log10(evidence.images_per_class / images)), evidence.similarity, other))
+    for _, similarity, images_per_class in sorted(flips):
+        scenario = _scenario(
+            similarity=similarity, images_per_class=images_per_class, is_pretrained=evidence.is_pretrained
+        )
         if scenario != recommended:
             return scenario
-    return "large-similar" if recommended != "large-similar" else "small-different"
+    return None
 
 
-def _reason(evidence: Evidence, *, is_near: bool, scenario: Scenario) -> str:
+def _reason(evidence: Evidence, scenario: Scenario) -> str:
     if not evidence.is_pretrained:
         return "the network starts without pretrained weights, so there is nothing worth freezing and all layers learn."
     reached = evidence.knn_accuracy if evidence.probe_accuracy is None else evidence.probe_accuracy
     what = "the nearest neighbours" if evidence.probe_accuracy is None else "a linear probe"
-    likeness = "close to" if is_near else "unlike"
+    likeness = "close to" if evidence.similarity >= NEAR else "unlike"
     actions = {
         "small-similar": "so only the new head learns",
         "small-different": "so the early layers stay frozen and the upper ones adapt",

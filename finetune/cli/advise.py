@@ -60,6 +60,6 @@ def run(words: list[str], reporter: ConsoleReporter) -> int:
             ("similarity", f"{evidence.similarity:.2f}"),
         ],
     )
-    print(f"scenario: {advice.scenario} (runner-up: {advice.runner_up})")
+    print(f"scenario: {advice.scenario} (runner-up: {advice.runner_up or 'none'})")
     print(advice.reason)
     return 0

@@ -1,7 +1,7 @@
 """Every option of a training run on one page; the flags, the YAML and the Python arguments derive from it."""
 
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from finetune.errors import ConfigError, nearest
+from finetune.errors import ConfigError, first_ten, nearest
 
 Auto = Literal["auto"]
 OptionalFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
@@ -100,7 +100,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant, all faults in one error."""
-        faults = [fault for fault, is_wrong in self._faults().items() if is_wrong]
+        faults = _type_faults(self) or [fault for fault, is_wrong in self._faults().items() if is_wrong]
         if faults:
             raise ConfigError("; ".join(faults), "see `finetune train --help` for the range of each option")
 
@@ -147,26 +147,41 @@ def with_options(config: TrainConfig, values: Mapping[str, object]) -> TrainConf
     """Return `config` with the options named in `values` changed; a text does for a path, a whole number for a float.
 
     Raises:
-        ConfigError: An option is unknown, of the wrong type, out of range, or in conflict with another.
+        ConfigError: Options are unknown, of the wrong type, out of range, or in conflict; all faults together.
     """
-    typed: dict[str, Any] = {name: _typed(name, value) for name, value in values.items()}
+    if unknown := [name for name in values if name not in OPTION_NAMES]:
+        raise ConfigError(f"unknown options: {first_ten(unknown)}", nearest(unknown[0], OPTION_NAMES))
+    typed: dict[str, Any] = {name: _converted(value, _alternatives(_hints()[name])) for name, value in values.items()}
     return replace(config, **typed)
 
 
-def _typed(name: str, value: object) -> object:
-    if name not in OPTION_NAMES:
-        raise ConfigError(f"no option is called {name!r}", nearest(name, OPTION_NAMES))
-    allowed = _alternatives(_hints()[name])
-    if value in [kind for kind in allowed if not isinstance(kind, type)] or type(value) in allowed:
-        return value
-    if Path in allowed and isinstance(value, str | Path):
+def _converted(value: object, allowed: Sequence[object]) -> object:
+    if Path in allowed and isinstance(value, str):
         return Path(value)
     if float in allowed and type(value) is int:
         return float(value)
     if str in allowed and isinstance(value, Path):
         return str(value)
-    expected = " or ".join(kind.__name__ if isinstance(kind, type) else repr(kind) for kind in allowed)
-    raise ConfigError(f"{name} must be {expected}, got {value!r}")
+    return value
+
+
+def _type_faults(config: TrainConfig) -> list[str]:
+    """Return what is wrong with the types of the values in `config`."""
+    faults = []
+    for name in OPTION_NAMES:
+        value, allowed = getattr(config, name), _alternatives(_hints()[name])
+        kinds = tuple(kind for kind in allowed if isinstance(kind, type))
+        literals = [kind for kind in allowed if not isinstance(kind, type)]
+        is_number = float in kinds and type(value) is int
+        if (
+            value in literals
+            or is_number
+            or (isinstance(value, kinds) and not (type(value) is bool and bool not in kinds))
+        ):
+            continue
+        expected = " or ".join(kind.__name__ if isinstance(kind, type) else repr(kind) for kind in allowed)
+        faults.append(f"{name} must be {expected}, got {value!r}")
+    return faults
 
 
 @cache

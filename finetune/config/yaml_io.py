@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import textwrap
 import typing
 from functools import cache
@@ -32,8 +33,8 @@ def to_yaml(config: TrainConfig) -> str:
     for name in OPTION_NAMES:
         value = getattr(config, name)
         plain = str(value) if isinstance(value, Path) else value
-        lines += textwrap.wrap(docs[name], 100, initial_indent="# ", subsequent_indent="# ")
-        lines.append(yaml.safe_dump({name: plain}, allow_unicode=True, width=1000).strip())
+        lines += textwrap.wrap(docs[name], 100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+        lines.append(yaml.safe_dump({name: plain}, allow_unicode=True, width=1000).removesuffix("\n"))
         lines.append("")
     return "\n".join(lines)
 
@@ -48,7 +49,7 @@ def from_yaml(path: Path, *, base: TrainConfig) -> TrainConfig:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a safe loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path} cannot be read: {error}", "check --config") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if values is None:
         return base
@@ -61,7 +62,7 @@ def from_yaml(path: Path, *, base: TrainConfig) -> TrainConfig:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML without the silent "last one wins" of keys that stand twice."""
+    """YAML without the silent "last one wins" of keys that stand twice, and with 1e-3 as the number it is."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[typing.Hashable, typing.Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -69,3 +70,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         if twice:
             raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 asks for a dot before the exponent, people do not.
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)

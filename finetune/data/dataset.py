@@ -59,5 +59,5 @@ class ImageDataset(Dataset[Sample]):
             return error
         sample_seed = int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)[0] >> 1)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(sample_seed)
+            torch.default_generator.manual_seed(sample_seed)  # not torch.manual_seed: that reseeds GPUs too
             return self.transform(image_CHW), self.class_indices[index], row.image_path

@@ -88,7 +88,10 @@ def readable(batches: Iterable[Batch | ImageError]) -> Iterator[Batch]:
     """Iterate over `batches` and raise the `ImageError` of a file that a worker process could not read."""
     for batch in batches:
         if isinstance(batch, ImageError):
-            raise batch
+            try:
+                raise batch
+            finally:
+                del batch  # else error, traceback and frame hold each other, and the loader's processes, alive
         yield batch
 
 

@@ -33,7 +33,7 @@ def extract_features(
     """Run `model` in eval mode over `batches` and keep the input of its `output_layer`.
 
     A convolutional output layer sees maps (B, C, H, W): their mean over the positions is kept, (B, C).
-    The model is put back into the mode it was in.
+    Every module is put back into the mode it was in.
     """
     kept: list[torch.Tensor] = []
     labels: list[torch.Tensor] = []
@@ -42,7 +42,7 @@ def extract_features(
         features = inputs[0].float()
         kept.append((features.mean(dim=(2, 3)) if features.ndim == 4 else features).cpu())
 
-    was_training = model.training
+    in_training = [module for module in model.modules() if module.training]
     handle = output_layer.register_forward_pre_hook(keep)
     try:
         model.eval()
@@ -51,5 +51,6 @@ def extract_features(
             labels.append(class_indices_B.cpu())
     finally:
         handle.remove()
-        model.train(was_training)
+        for module in in_training:
+            module.training = True
     return Features(features_ND=torch.cat(kept).numpy(), class_indices_N=torch.cat(labels).numpy())

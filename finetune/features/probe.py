@@ -86,14 +86,18 @@ def solve_probe(train: Features, *, class_count: int, seed: int) -> Probe:
 
 
 def _folds(class_indices_N: Array, seed: int) -> list[tuple[Array, Array]]:
-    """Split into stratified folds, as many as the smallest class has images but 2 to FOLDS; none if all have one."""
+    """Split into stratified folds, as many as the smallest class has images but 2 to FOLDS.
+
+    A fold whose remaining images are all of one class tells nothing and is left out; there may be none at all.
+    """
     counts = np.unique(class_indices_N, return_counts=True)[1]
     if counts.max() < 2:
         return []
     splitter = StratifiedKFold(int(np.clip(counts.min(), 2, min(FOLDS, counts.max()))), shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)  # such a class is not held out
-        return list(splitter.split(class_indices_N, class_indices_N))
+        folds = splitter.split(class_indices_N, class_indices_N)
+        return [fold for fold in folds if len(np.unique(class_indices_N[fold[0]])) > 1]
 
 
 def _fold_accuracy(rotated_NR: Array, class_indices_N: Array, fold: tuple[Array, Array], strength: float) -> float:

@@ -1,7 +1,6 @@
 """The run folder: its names, how it is opened, and how files get into it whole."""
 
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -72,22 +71,46 @@ class RunFolder:
         return self.path / "plots"
 
     def record(self, event: str, values: Mapping[str, object]) -> None:
-        """Append one event to metrics.jsonl."""
+        """Append one event to metrics.jsonl.
+
+        Raises:
+            StorageError: The disk is full or refuses.
+        """
         line = strict_json.dump({"event": event, **values}) + "\n"
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(line)
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {self.metrics}: {error.strerror}", "free some space, then --resume"
+            ) from error
 
     def events(self) -> list[dict[str, Any]]:
-        """Return the events of metrics.jsonl, oldest first; a last line cut off by a kill is left out."""
+        """Return the events of metrics.jsonl, oldest first; a last line cut off by a kill is left out.
+
+        Raises:
+            RunError: Another line is no JSON.
+        """
         if not self.metrics.exists():
             return []
         lines = self.metrics.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        try:
+            return [strict_json.parse(line) for line in lines[:-1]]
+        except ValueError as error:
+            raise RunError(f"{self.metrics} is damaged: {error}", "train anew with another --output") from error
+
+
+RUN_NAMES = frozenset(
+    getattr(RunFolder(Path()), name).name for name, member in vars(RunFolder).items() if isinstance(member, property)
+)
+"""The names of everything in a run folder."""
 
 
 def next_free_folder(data: str, model: str) -> Path:
     """Return runs/<data>-<model>, or with -2, -3 … appended where that is taken."""
-    stem = "-".join(re.sub(r"[^\w.]+", "-", part).strip("-.") or "data" for part in (Path(data).resolve().stem, model))
+    source = Path(data).resolve()
+    name = source.name if source.is_dir() else source.stem
+    stem = "-".join(re.sub(r"[^\w.]+", "-", part).strip("-.") or "data" for part in (name, model))
     number = 1
     while (path := Path("runs") / (stem if number == 1 else f"{stem}-{number}")).exists():
         number += 1
@@ -98,6 +121,8 @@ def next_free_folder(data: str, model: str) -> Path:
 def open_run(path: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[RunFolder]:
     """Create the run folder at `path`, or open it again, and hold it against a second process.
 
+    What a start that failed has left behind, a folder of run files without a config, counts as empty.
+
     Raises:
         RunError: It holds files and neither `resume` nor `overwrite` is asked for, it holds something else than a run,
             there is nothing to resume, or another process is training in it.
@@ -107,11 +132,12 @@ def open_run(path: Path, *, resume: bool = False, overwrite: bool = False) -> It
     entries = _entries(path)
     if resume and not run.config.exists():
         raise RunError(f"there is no run to resume in {path}", "check --output, or leave --resume out to start anew")
-    if entries and not resume and not overwrite:
+    is_leftover = not run.config.exists() and {entry.name for entry in entries} <= RUN_NAMES
+    if entries and not is_leftover and not resume and not overwrite:
         raise RunError(
             f"{path} is not empty", "pass --resume to go on with it, --overwrite to empty it, or another --output"
         )
-    if entries and overwrite and not run.config.exists():
+    if entries and not is_leftover and overwrite and not run.config.exists():
         raise RunError(f"{path} holds files but no run, so it is not emptied", "choose another --output")
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -120,7 +146,7 @@ def open_run(path: Path, *, resume: bool = False, overwrite: bool = False) -> It
             f"cannot create the run folder {path}: {error.strerror}", "choose another --output"
         ) from error
     with _lock(path):
-        if overwrite:
+        if overwrite or is_leftover:
             _empty(path)
         yield run
 
@@ -193,7 +219,13 @@ def _empty(path: Path) -> None:
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Hold `.lock`; the kernel lets go of it when the process ends, however it ends."""
-    with (path / ".lock").open("a+") as file:
+    try:
+        file = (path / ".lock").open("a+")
+    except OSError as error:
+        raise StorageError(
+            f"cannot write to the run folder {path}: {error.strerror}", "choose another --output"
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

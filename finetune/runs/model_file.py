@@ -165,7 +165,7 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
             "pretrained_weights": isinstance(values["pretrained_weights"], str),
             "data_fingerprint": isinstance(values["data_fingerprint"], str),
             "frozen_stages": _is_list(values["frozen_stages"], str),
-            "class_names": _is_list(labels["class_names"], str),
+            "class_names": _is_list(labels["class_names"], str) and len(labels["class_names"]) > 1,
             "display_names": _is_list(labels["display_names"], str),
             "mean": _is_list(spec["mean"], float, int),
             "std": _is_list(spec["std"], float, int),
@@ -174,8 +174,9 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
             "interpolation": spec["interpolation"] in get_args(Interpolation),
             "metrics": isinstance(values["metrics"], dict) and _is_list(list(values["metrics"].values()), float, int),
             "calibration": values["calibration"] is None or _is_positive(values["calibration"]),
-            "threshold": values["threshold"] is None or _is_positive(values["threshold"]),
-            "format_number": values["format_number"] == FORMAT_NUMBER,
+            "threshold": values["threshold"] is None
+            or (_is_positive(values["threshold"]) and values["threshold"] <= 1),
+            "format_number": type(values["format_number"]) is int and values["format_number"] == FORMAT_NUMBER,
         }.items()
         if not is_right
     ]

@@ -67,7 +67,6 @@ def test_every_preset_comes_back_over_any_base(path: Path, name: str) -> None:
     assert read(path, to_yaml(preset(name)), base=other) == preset(name)
 
 
-@pytest.mark.xfail(strict=True, reason="to_yaml strips the white space that ends a value, not only its line break")
 @pytest.mark.parametrize("data", ["photos\u3000", "photos\xa0", "\xa0"])
 def test_folder_name_that_ends_in_a_wide_space_comes_back(path: Path, data: str) -> None:
     assert read(path, to_yaml(TrainConfig(data=data))).data == data
@@ -90,7 +89,6 @@ def _letters(text: str) -> str:
     return text.replace(" ", "")
 
 
-@pytest.mark.xfail(strict=True, reason="textwrap breaks comments at hyphens: set break_on_hyphens=False")
 def test_no_word_of_a_comment_is_broken_at_a_hyphen() -> None:
     assert not [line for line in to_yaml(TrainConfig()).splitlines() if line.startswith("#") and line.endswith("-")]
 
@@ -107,8 +105,8 @@ def test_empty_file_changes_nothing(path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rte: 0.1", "no option is called 'learning_rte'"),
-        ("3: 0.1", "no option is called '3'"),
+        ("learning_rte: 0.1", "unknown options: learning_rte"),
+        ("3: 0.1", "unknown options: 3"),
         ("seed: 1\nepochs: 2\nseed: 3\n", "key 'seed' stands twice"),
         ("epochs: many", "epochs must be int or 'auto', got 'many'"),
         ("overwrite: 1", "overwrite must be bool, got 1"),
@@ -148,15 +146,11 @@ def test_numbers_as_people_write_them(path: Path, text: str, value: float) -> No
     assert read(path, f"learning_rate: {text}").learning_rate == value
 
 
-@pytest.mark.xfail(strict=True, reason="PyYAML reads 1e-3, the form our own help uses, as a text")
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1e-03"])
 def test_exponent_without_a_point_is_a_number(path: Path, text: str) -> None:
     assert read(path, f"learning_rate: {text}").learning_rate == 0.001
 
 
-@pytest.mark.xfail(
-    strict=True, reason="only YAMLError is translated: ValueError and RecursionError escape", raises=Exception
-)
 @pytest.mark.parametrize("text", ["data: 2024-13-45", "seed: 0b_", "data: " + "[" * 5000])
 def test_value_that_yaml_cannot_build_is_a_config_error(path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match="is not valid YAML"):

@@ -103,7 +103,6 @@ def test_global_generators_are_left_alone(table: ImageTable) -> None:
     assert random.getstate() == before[2]
 
 
-@pytest.mark.xfail(strict=True, reason="torch.manual_seed also seeds every GPU, which fork_rng(devices=[]) keeps not")
 def test_generators_of_the_gpus_are_left_alone(table: ImageTable, monkeypatch: pytest.MonkeyPatch) -> None:
     seeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)

@@ -135,7 +135,6 @@ class Batches:
         yield ImageError("empty", "0 bytes", "a.png")
 
 
-@pytest.mark.xfail(strict=True, reason="`raise batch` in readable() ties error, traceback and frame into a cycle")
 def test_error_of_a_worker_does_not_keep_the_loader_alive() -> None:
     batches = Batches()
     alive = weakref.ref(batches)

@@ -124,7 +124,6 @@ def test_class_with_one_image_is_solved_beside_others(dimensions: int) -> None:
     )
 
 
-@pytest.mark.xfail(strict=True, reason="the fold that holds out the one image leaves one class: scikit-learn refuses")
 @pytest.mark.parametrize("counts", [[5, 1], [1, 40], [2, 1]], ids=str)
 def test_one_image_of_one_of_two_classes(counts: list[int]) -> None:
     train = blobs(counts, dimensions=4, spread=0.1)

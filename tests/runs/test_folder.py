@@ -87,7 +87,6 @@ def test_default_name_tells_data_and_model(data: str, model: str, name: str) -> 
     assert next_free_folder(data, model) == Path("runs") / name
 
 
-@pytest.mark.xfail(strict=True, reason="the stem is taken of folders too, not only of CSV files")
 def test_default_name_keeps_the_version_in_a_folder_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("flowers.v2").mkdir()
@@ -165,7 +164,6 @@ def test_folder_that_cannot_be_created_is_a_storage_error(tmp_path: Path) -> Non
         pytest.fail("opened")
 
 
-@pytest.mark.xfail(strict=True, reason="an OSError of opening .lock, as in a read-only folder, escapes untranslated")
 def test_lock_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / ".lock").mkdir()
     with pytest.raises(StorageError), open_run(tmp_path):
@@ -258,7 +256,6 @@ def test_last_line_cut_off_by_a_kill_is_left_out(tmp_path: Path, cut: str) -> No
     assert run.events() == [{"event": "epoch", "epoch": 0}]
 
 
-@pytest.mark.xfail(strict=True, reason="events() lets the JSONDecodeError of a damaged line escape")
 def test_damaged_line_is_a_run_error_that_names_the_file(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.metrics.write_text('{"event": "epo{"event": "epoch"}\n')

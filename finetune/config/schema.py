@@ -64,15 +64,16 @@ class TrainConfig:
     """Passes over the training images; auto is 0 where the solved head is all that learns."""
     batch_size: int = 32
     """Images a step; 32 keeps BatchNorm's statistics usable and the memory of a laptop free."""
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    """adamw needs the least tuning; sgd (momentum 0.9) is the choice of most published fine-tuning of CNNs."""
+    optimizer: Literal["auto", "adamw", "adam", "sgd"] = "auto"
+    """auto: sgd (momentum 0.9) for pretrained networks with BatchNorm, as most published fine-tuning of CNNs has it;
+    adamw for the others and for a fresh start."""
     learning_rate: float | Auto = "auto"
-    """Rate of the head, above 0. auto: 1e-3 for a random head; a solved head learns at the trunk's rate."""
+    """Rate of the head, above 0. auto: 1e-3 for a random head (sgd 1e-2); a solved head learns at the trunk's rate."""
     trunk_learning_rate: float | Auto = "auto"
-    """Rate of the layers below the head that learn. auto: 1e-4 from pretrained weights, 1e-3 from a fresh start (adam
-    and adamw), ten times that with sgd."""
-    weight_decay: float = 0.01
-    """Decay of the weights, not of biases and norms; 0.01 to 0.05 with adamw, 5e-4 with sgd."""
+    """Rate of the layers below the head that learn, above 0. auto: 1e-4 from pretrained weights, 1e-3 from a fresh
+    start, ten times that with sgd (Salman 2020, arXiv 2007.08489)."""
+    weight_decay: float | Auto = "auto"
+    """Decay of the weights, not of biases and norms. auto: 0.01 with adamw, 5e-4 with sgd, none with adam."""
     schedule: Literal["cosine", "step", "plateau", "one-cycle", "constant"] = "cosine"
     """How the rates fall: cosine after a linear warm-up, by a factor every few epochs (step), when the validation loss
     stops falling (plateau), or up and down once (one-cycle)."""
@@ -117,7 +118,8 @@ class TrainConfig:
             f"--trunk-learning-rate must be above 0, got {self.trunk_learning_rate}": not _is_auto_or_positive(
                 self.trunk_learning_rate
             ),
-            f"--weight-decay must be 0 or more, got {self.weight_decay}": not 0 <= self.weight_decay < float("inf"),
+            f"--weight-decay must be 0 or more, got {self.weight_decay}": self.weight_decay != "auto"
+            and not 0 <= self.weight_decay < float("inf"),
             f"--warmup-epochs must be 0 or more, got {self.warmup_epochs}": not 0 <= self.warmup_epochs < float("inf"),
             f"--step-epochs must be 1 or more, got {self.step_epochs}": self.step_epochs < 1,
             f"--step-factor must be above 0 and below 1, got {self.step_factor}": not 0 < self.step_factor < 1,

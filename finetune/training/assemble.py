@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from finetune.advice.choose import choose
@@ -197,6 +198,7 @@ def _start(
         scenario=advice.scenario,
         frozen_stages=tuple(stage.name for stage in backbone.stages[:frozen]),
         can_solve_head=is_linear,
+        has_batch_norm=any(isinstance(module, _BatchNorm) for module in backbone.module.modules()),
         images=len(study.train),
     )
     if plan.head_start == "probe":
@@ -258,10 +260,10 @@ def _learner(
         set(stage_parameters(backbone.module, backbone.stages[-1])),
         learning_rate=plan.learning_rate,
         trunk_learning_rate=plan.trunk_learning_rate,
-        weight_decay=config.weight_decay,
+        weight_decay=plan.weight_decay,
     )
     optimizer: torch.optim.Optimizer
-    match config.optimizer:
+    match plan.optimizer:
         case "adamw":
             optimizer = torch.optim.AdamW(groups)
         case "adam":
@@ -293,8 +295,10 @@ def _resolved(config: TrainConfig, plan: Plan, backbone: Backbone, workers: int)
         scenario=plan.scenario,
         image_size=backbone.input_spec.image_size_px,
         epochs=plan.epochs,
+        optimizer=plan.optimizer,
         learning_rate=plan.learning_rate,
         trunk_learning_rate=plan.trunk_learning_rate,
+        weight_decay=plan.weight_decay,
         workers=workers,
         resume=False,
         overwrite=False,

@@ -12,6 +12,7 @@ EPOCHS_FINE_TUNING = (3, 10)  # fewest and most passes that make up those steps
 EPOCHS_FRESH = 30
 OWN_STATISTICS = 20_000  # training images from which BatchNorm does better with the data's own statistics
 EPOCHS_HEAD = 20
+WEIGHT_DECAY = {"adamw": 0.01, "adam": 0.0, "sgd": 5e-4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +24,10 @@ class Plan:
     start: Literal["pretrained", "fresh"]
     head_start: Literal["probe", "random"]
     epochs: int
+    optimizer: Literal["adamw", "adam", "sgd"]
     learning_rate: float
     trunk_learning_rate: float
+    weight_decay: float
     batch_norm: Literal["eval", "train"]
     """Mode of the BatchNorm layers that learn; "eval" keeps the statistics of the pretrained network."""
 
@@ -35,6 +38,7 @@ def make_plan(
     scenario: Scenario,
     frozen_stages: tuple[str, ...],
     can_solve_head: bool,
+    has_batch_norm: bool,
     images: int,
 ) -> Plan:
     """Resolve the options of `config` that are "auto".
@@ -44,13 +48,17 @@ def make_plan(
         scenario: The scenario chosen.
         frozen_stages: Names of the stages that stay as they are.
         can_solve_head: Whether the output layer is linear, so that the solved probe can be put into it.
+        has_batch_norm: Whether the network has BatchNorm layers, as CNNs of the old school do.
         images: Training images.
     """
     is_fresh = scenario == "large-different"
     head_start: Literal["probe", "random"] = (
         "probe" if config.head_start == "probe" and can_solve_head and not is_fresh else "random"
     )
-    pace = 10.0 if config.optimizer == "sgd" else 1.0
+    optimizer = config.optimizer
+    if optimizer == "auto":
+        optimizer = "sgd" if has_batch_norm and not is_fresh else "adamw"
+    pace = 10.0 if optimizer == "sgd" else 1.0
     trunk = (1e-3 if is_fresh else 1e-4) * pace if config.trunk_learning_rate == "auto" else config.trunk_learning_rate
     head = (trunk if head_start == "probe" else 1e-3 * pace) if config.learning_rate == "auto" else config.learning_rate
     return Plan(
@@ -61,8 +69,10 @@ def make_plan(
         epochs=_epochs(scenario, head_start, math.ceil(images / config.batch_size))
         if config.epochs == "auto"
         else config.epochs,
+        optimizer=optimizer,
         learning_rate=head,
         trunk_learning_rate=trunk,
+        weight_decay=WEIGHT_DECAY[optimizer] if config.weight_decay == "auto" else config.weight_decay,
         batch_norm="train" if is_fresh or images >= OWN_STATISTICS else "eval",
     )
 

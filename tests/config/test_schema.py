@@ -139,7 +139,7 @@ def test_option_value_becomes_its_type(name: str, given: object, taken: object) 
         ("epochs", None, "epochs must be int or 'auto', got None"),
         ("overwrite", 1, "overwrite must be bool, got 1"),
         ("overwrite", "yes", "overwrite must be bool, got 'yes'"),
-        ("weight_decay", False, "weight_decay must be float, got False"),
+        ("weight_decay", False, "weight_decay must be float or 'auto', got False"),
         ("learning_rate", [1.0], r"learning_rate must be float or 'auto', got \[1.0\]"),
         ("head", "softmax", "head must be 'logits' or 'log_softmax', got 'softmax'"),
         ("label_names", 3, "label_names must be Path or NoneType, got 3"),

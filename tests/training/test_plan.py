@@ -6,13 +6,16 @@ from finetune.config import TrainConfig
 from finetune.training.plan import Plan, make_plan
 
 
-def plan(scenario: str, *, can_solve_head: bool = True, images: int = 320, **options: object) -> Plan:
+def plan(
+    scenario: str, *, can_solve_head: bool = True, has_batch_norm: bool = False, images: int = 320, **options: object
+) -> Plan:
     config = TrainConfig(data="x", **options)  # type: ignore[arg-type]
     return make_plan(
         config,
         scenario=scenario,
         frozen_stages=("stem",),
         can_solve_head=can_solve_head,
+        has_batch_norm=has_batch_norm,
         images=images,  # type: ignore[arg-type]
     )
 
@@ -55,3 +58,19 @@ def test_what_is_given_is_taken() -> None:
 def test_statistics_follow_large_data_only() -> None:
     assert plan("large-similar", images=19_999).batch_norm == "eval"
     assert plan("large-similar", images=20_000).batch_norm == "train"
+
+
+@pytest.mark.parametrize(
+    ("scenario", "has_batch_norm", "optimizer", "rate", "decay"),
+    [
+        ("large-similar", True, "sgd", 1e-3, 5e-4),
+        ("large-similar", False, "adamw", 1e-4, 0.01),
+        ("large-different", True, "adamw", 1e-3, 0.01),
+    ],
+)
+def test_the_optimiser_follows_the_network_and_the_start(
+    scenario: str, has_batch_norm: bool, optimizer: str, rate: float, decay: float
+) -> None:
+    found = plan(scenario, has_batch_norm=has_batch_norm)
+    assert (found.optimizer, found.trunk_learning_rate, found.weight_decay) == (optimizer, pytest.approx(rate), decay)
+    assert plan(scenario, has_batch_norm=has_batch_norm, weight_decay=0.3).weight_decay == 0.3

@@ -187,10 +187,10 @@ def test_runs_are_not_overwritten_by_accident(
 def test_an_interrupted_training_is_resumed_to_the_same_bits(
     coloured: Path, tmp_path: Path, finetune: Callable[..., Any], number: int, code: int
 ) -> None:
-    options = ("--scenario", "large-different", "--epochs", "60", "--workers", "0", *FRESH)
+    options = ("--scenario", "large-different", "--epochs", "20", "--workers", "0", *FRESH)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command = [sys.executable, "-m", "finetune", "train", str(coloured), "--output", str(cut), *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
     while not list(cut.glob("checkpoints/step-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -203,7 +203,7 @@ def test_an_interrupted_training_is_resumed_to_the_same_bits(
     one, two = load_file(whole / "model.safetensors"), load_file(cut / "model.safetensors")
     assert all((one[name] == two[name]).all() for name in one)
     epochs = [line for line in (cut / "metrics.jsonl").read_text().splitlines() if '"epoch"' in line[:20]]
-    assert [json.loads(line)["epoch"] for line in epochs] == list(range(1, 61))
+    assert [json.loads(line)["epoch"] for line in epochs] == list(range(1, 21))
 
 
 def test_a_resume_refuses_other_options_and_other_images(
@@ -215,7 +215,7 @@ def test_a_resume_refuses_other_options_and_other_images(
     refused = finetune("train", "--output", run, "--resume", "--seed", "5", "--weight-decay", "0.5")
     assert refused.code == 4
     assert "--seed was 0 and is 5" in refused.err
-    assert "--weight-decay was 0.01 and is 0.5" in refused.err
+    assert "--weight-decay was 0.0005 and is 0.5" in refused.err
     assert finetune("train", "--output", run, "--resume", "--epochs", "2", "--quiet").code == 0
     assert events(run)["epoch"]["epoch"] == 2
     copied = tmp_path / "copied"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.model_selection import StratifiedKFold, cross_validate
 from sklearn.preprocessing import StandardScaler
 
 from finetune.features.extract import Features
@@ -49,25 +49,28 @@ def test_accuracy_is_that_of_a_stratified_cross_validation(dimensions: int) -> N
     probe = solve_probe(train, class_count=3, seed=4)
     standard_ND = StandardScaler().fit_transform(train.features_ND.astype(np.float64))
     folds = StratifiedKFold(5, shuffle=True, random_state=4)
-    scores_SF = [
-        cross_val_score(
+    scores_S = [
+        cross_validate(
             LogisticRegression(C=strength, max_iter=10_000),
             standard_ND,
             train.class_indices_N,
             cv=folds,
+            scoring=("accuracy", "neg_log_loss"),
             error_score="raise",
         )
         for strength in STRENGTHS
     ]
-    best = int(np.argmax([scores.mean() for scores in scores_SF]))
+    best = int(np.argmax([scores["test_neg_log_loss"].mean() for scores in scores_S]))
     assert probe.strength == STRENGTHS[best]
-    assert probe.accuracy == pytest.approx(scores_SF[best].mean())
-    assert probe.spread == pytest.approx(scores_SF[best].std())
+    assert probe.accuracy == pytest.approx(scores_S[best]["test_accuracy"].mean())
+    assert probe.spread == pytest.approx(scores_S[best]["test_accuracy"].std())
 
 
-def test_tie_goes_to_the_stronger_regularisation() -> None:
-    probe = solve_probe(blobs([10, 10], dimensions=30, spread=0.01), class_count=2, seed=0)
-    assert (probe.accuracy, probe.spread, probe.strength) == (1.0, 0.0, min(STRENGTHS))
+def test_classes_that_are_told_apart_at_once_are_predicted_with_confidence() -> None:
+    train = blobs([10, 10], dimensions=30, spread=0.01)
+    probe = solve_probe(train, class_count=2, seed=0)
+    assert (probe.accuracy, probe.spread) == (1.0, 0.0)
+    assert softmax(probe.logits(train.features_ND), axis=1).max(axis=1).min() > 0.95
 
 
 def test_prediction_is_the_class_of_the_largest_logit() -> None:

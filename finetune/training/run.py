@@ -2,6 +2,7 @@
 
 import csv
 import io
+import signal
 import time
 from collections.abc import Sequence
 
@@ -42,6 +43,8 @@ def run_job(job: Job, reporter: Reporter) -> dict[str, Scores]:
         run_epochs(job.learner, job.loaders, job.plan.epochs, progress=job.progress, watchers=[*watchers, checkpointer])
     if interruption.received is not None:
         reporter.say(f"Interrupted; the state is saved. Go on with: finetune train --output {job.run.path} --resume")
+        if interruption.received == signal.SIGINT:
+            raise KeyboardInterrupt
         raise SystemExit(128 + interruption.received)
     _tell_the_end(job, reporter, seconds=time.monotonic() - started)
     return _write_results(job, reporter)

@@ -10,6 +10,7 @@ from finetune.advice.choose import Advice, choose
 from finetune.advice.measure import measure
 from finetune.config import TrainConfig, from_yaml, with_options
 from finetune.data.check import Diagnosis, require_trainable
+from finetune.data.listing import list_images
 from finetune.data.loaders import split_loaders
 from finetune.data.read import read_images
 from finetune.data.scan import require_few_bad
@@ -17,6 +18,7 @@ from finetune.data.split import split_table
 from finetune.errors import ConfigError
 from finetune.evaluation.scores import Scores
 from finetune.models import catalog
+from finetune.models.device import resolve_device
 from finetune.models.initialize import build_backbone
 from finetune.prediction.batch import find_inputs, predict_many
 from finetune.prediction.classifier import Classifier, load_classifier
@@ -25,7 +27,7 @@ from finetune.report.plots import write_plots
 from finetune.runs.folder import RunFolder, next_free_folder, open_run
 from finetune.runs.records import FailedPrediction, Prediction
 from finetune.runs.reporting import LoggingReporter, Reporter
-from finetune.training.assemble import assemble, build_accelerator, seed_everything
+from finetune.training.assemble import assemble, seed_everything
 from finetune.training.run import run_job
 from finetune.training.study import study_images
 
@@ -72,8 +74,11 @@ def train(
     config = with_options(config or TrainConfig(), options)
     if not config.data:
         raise ConfigError("no DATA to train on", "name a folder or CSV of labelled images")
+    listing = list_images(Path(config.data))  # before anything is made or emptied for it
     config = replace(config, output=config.output or next_free_folder(config.data, config.model))
     assert config.output is not None
+    if Path(config.data).is_dir() and config.output.resolve().is_relative_to(listing.root.resolve()):
+        raise ConfigError(f"the run folder {config.output} lies inside DATA", "name an --output outside of it")
     with open_run(config.output, resume=config.resume, overwrite=config.overwrite) as run:
         job = assemble(config, run, reporter)
         metrics = run_job(job, reporter)
@@ -165,7 +170,7 @@ def advise(
     images = read_images(Path(data), reporter=reporter)
     require_trainable(images.diagnosis)
     table = split_table(images.scan.table, seed=seed)
-    place = build_accelerator(device, "fp32").device
+    place = resolve_device(device)
     backbone = build_backbone(model, num_classes=len(images.label_map), weights=weights)
     backbone.module.to(place)
     loaders = split_loaders(table, images.label_map, backbone.input_spec, batch_size=32)

@@ -25,6 +25,10 @@ class ConsoleReporter:
         if not self.is_quiet:
             _stderr().print(text, highlight=False, markup=False, soft_wrap=not sys.stderr.isatty())
 
+    def warn(self, text: str) -> None:
+        """Print one warning."""
+        self.say(f"warning: {text}")
+
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Print a table."""
         if not self.is_quiet:

@@ -1,7 +1,7 @@
 """`finetune predict`: what is on these images, one result after the other."""
 
 import csv
-import json
+import io
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -15,12 +15,14 @@ import tyro
 from finetune.cli.console import ConsoleReporter
 from finetune.cli.parsing import parse
 from finetune.errors import ConfigError, MissingExtraError, StorageError
+from finetune.runs import strict_json
 from finetune.runs.folder import find_model_file
 from finetune.runs.model_file import read_metadata
 from finetune.runs.records import FailedPrediction, Prediction
 
 Result = Prediction | FailedPrediction
 UNREADABLE_EXIT_CODE = 3
+FOREIGN_BYTES = "surrogateescape"  # file names need not be UTF-8: their bytes go out as they came in
 COLUMNS = ("image", "class_name", "display_name", "probability", "abstained", "error")
 
 
@@ -105,10 +107,10 @@ def write_csv(results: Iterable[Result], file: TextIO) -> None:
 
 def write_json(results: Iterable[Result], file: TextIO, *, model: str, classes: int) -> None:
     """Write one JSON document, a line an image, while the results come in."""
-    file.write(f'{{"model": {json.dumps(model)}, "classes": {classes}, "predictions": [')
+    file.write(f'{{"model": {strict_json.dump(model)}, "classes": {classes}, "predictions": [')
     separator = "\n"
     for result in results:
-        file.write(separator + json.dumps(_document(result), ensure_ascii=False, allow_nan=False))
+        file.write(separator + strict_json.dump(_document(result)))
         file.flush()
         separator = ",\n"
     file.write("\n]}\n")
@@ -180,11 +182,13 @@ def _plain(text: str) -> str:
 def _destination(path: Path | None, *, binary: bool = False) -> Iterator[Any]:
     """Give standard output, or a file that appears under its name only once it is whole."""
     if path is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors=FOREIGN_BYTES)
         yield sys.stdout
         return
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") if binary else part.open("w", encoding="utf-8", newline="") as file:
+        with part.open("wb") if binary else part.open("w", encoding="utf-8", errors=FOREIGN_BYTES, newline="") as file:
             yield file
         part.replace(path)
     except OSError as error:

@@ -58,7 +58,7 @@ def starting_config(words: list[str]) -> TrainConfig:
 
     With --resume it is the config that the run was started with.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser("finetune train", add_help=False, allow_abbrev=False)
     for option in ("--preset", "--config", "--output"):
         parser.add_argument(option)
     parser.add_argument("--resume", action="store_true")

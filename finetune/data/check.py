@@ -138,6 +138,9 @@ def _class_findings(scan: Scan, learned: ImageTable) -> Iterator[Finding]:
         empty = [f"{split or ''}/{name}".lstrip("/") for split, name in scan.listing.empty_classes if split in splits]
         if empty:
             yield _finding(severity, "empty_class", "class folders without an image", empty)
+    readable = set(scan.table.class_names)
+    if lost := sorted({row.label for row in scan.listing.rows} - readable):
+        yield _finding("error", "unreadable_class", "classes of which no image can be read", lost)
     if len(counts) < 2:
         found = first_ten(map(repr, counts)) or "none"
         yield Finding("error", "too_few_classes", f"there must be at least two classes to learn, found: {found}")

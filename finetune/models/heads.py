@@ -68,6 +68,12 @@ def replace_head(model: nn.Module, num_classes: int, *, head: HeadKind = "logits
         _append_log_softmax(model)
 
 
+def can_load_linear_head(model: nn.Module) -> bool:
+    """Tell whether the output of `model` is one linear layer with a bias, as `load_linear_head` needs it."""
+    layer = head_module(model)
+    return isinstance(layer, nn.Linear) and layer.bias is not None and not _averages_heads(model)
+
+
 def load_linear_head(model: nn.Module, weight_KD: Tensor, bias_K: Tensor) -> None:
     """Put solved weights into the linear output layer of `model`. Inception's auxiliary head is left as it is.
 

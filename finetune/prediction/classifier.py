@@ -15,6 +15,7 @@ from finetune.data.decode import decode_image
 from finetune.data.transforms import evaluation_transform
 from finetune.errors import ImageError, PredictionInputError
 from finetune.evaluation.infer import probabilities_of
+from finetune.models.device import resolve_device
 from finetune.models.initialize import build_backbone
 from finetune.models.weights import load_exact
 from finetune.runs.folder import find_model_file
@@ -128,6 +129,7 @@ def load_classifier(path: str | os.PathLike[str], *, device: str = "auto") -> Cl
     Raises:
         RunError: There is no such run or file.
         ModelError: The file is damaged, or does not fit the architecture it names.
+        ConfigError: The device is not there.
     """
     file = find_model_file(Path(path))
     metadata, tensors = load_model_file(file)
@@ -139,6 +141,4 @@ def load_classifier(path: str | os.PathLike[str], *, device: str = "auto") -> Cl
         image_size=metadata.input_spec.image_size_px,
     )
     load_exact(backbone.module, tensors, str(file))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Classifier(backbone.module, metadata, device=torch.device(device))
+    return Classifier(backbone.module, metadata, device=resolve_device(device))

@@ -1,13 +1,12 @@
 """A saved model scored on labelled images."""
 
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from finetune.data.loaders import readable, split_loaders
 from finetune.data.scan import Scan
-from finetune.data.split import apply_split
+from finetune.data.split import read_split_csv
 from finetune.data.table import ImageTable, Split
 from finetune.errors import DataError, first_ten
 from finetune.evaluation.infer import predict_batches
@@ -30,16 +29,13 @@ class Evaluation:
 def choose_split(scan: Scan, run: Path, split: SplitChoice) -> tuple[str, ImageTable]:
     """Return the images to score: `split`, or with "auto" the test images, else the validation images, else all.
 
-    Images that lie in one folder without splits are those that the run held out, if it was trained on that folder.
+    Images that the run has split, those of the same path and label, are in the split that the run put them in, so that
+    what it learned from is not scored as new.
 
     Raises:
         DataError: There are no images in that split.
     """
-    table = scan.table
-    recorded = RunFolder(run).split
-    if all(row.split is None for row in table.rows) and recorded.is_file():
-        with suppress(DataError):  # other images than those of the training: all of them are new to the model
-            table = apply_split(table, recorded)
+    table = _with_recorded_splits(scan.table, RunFolder(run if run.is_dir() else run.parent).split)
     if split == "all":
         return "all", table
     wanted: tuple[Split, ...] = ("test", "valid") if split == "auto" else (split,)
@@ -74,3 +70,16 @@ def evaluate_table(classifier: Classifier, table: ImageTable, *, batch_size: int
             advance=advance,
         )
     return score(found.class_indices_N, found.probabilities_NK, labels.class_names)
+
+
+def _with_recorded_splits(table: ImageTable, split_file: Path) -> ImageTable:
+    if not split_file.is_file():
+        return table
+    recorded = read_split_csv(split_file)
+    rows = (
+        replace(row, split=entry.split)
+        if (entry := recorded.get(row.image_path)) is not None and entry.label == row.label
+        else row
+        for row in table.rows
+    )
+    return replace(table, rows=tuple(rows))

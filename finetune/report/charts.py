@@ -29,7 +29,7 @@ RIGHT, WRONG = "#1a7f37", "#b42318"
 MAX_NAME_LENGTH = 24
 MAX_COUNTED_CLASSES = 20
 MAX_LABELLED_CLASSES = 110
-NO_EPOCHS = "no epochs: the head was solved in closed form"
+NO_EPOCHS = "no epochs: the head was not trained by gradient"
 STYLE: dict[str, Any] = {
     "font.family": FONT,
     "font.size": 9,
@@ -93,12 +93,13 @@ def curves_figure(history: Mapping[str, Sequence[float]], *, best_epoch: int | N
         history: One number an epoch under each of `train_loss`, `valid_loss`, `train_accuracy`, `valid_accuracy` and
             `learning_rates`. A series may be shorter than the others, empty or absent; values that are not finite
             leave a gap.
-        best_epoch: The epoch to mark, counted from 1; by default the first with the highest validation accuracy.
+        best_epoch: The epoch to mark, counted from 1, 0 for none; by default the first with the highest validation
+            accuracy.
     """
     epochs = max((len(series) for series in history.values()), default=0)
     if epochs == 0:
         return _message_figure(NO_EPOCHS)
-    best_epoch = best_epoch or _best_epoch(history)
+    best_epoch = _best_epoch(history) if best_epoch is None else best_epoch
     rates = history.get("learning_rates", ())
     rows = [["loss", "accuracy"], ["rate", "rate"]] if len(rates) else [["loss", "accuracy"]]
     with _style():

@@ -1,12 +1,12 @@
 """The plots of a run, drawn from its folder."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from finetune.data.csv_files import read_csv
 from finetune.data.dataset import to_tensor
 from finetune.data.decode import decode_image
 from finetune.data.transforms import evaluation_transform, unnormalize
@@ -28,11 +28,16 @@ def write_plots(run: RunFolder, image_root: Path) -> None:
     run.plots.mkdir(exist_ok=True)
     metadata = read_metadata(run.model)
     events = run.events()
-    draw_curves(_history(events), run.plots / "curves.png")
+    epochs = [event for event in events if event["event"] == "epoch"]
+    draw_curves(_history(epochs), run.plots / "curves.png", best_epoch=epochs[-1]["best_epoch"] if epochs else None)
     confusion = next(event["confusion"] for event in reversed(events) if event.get("split") == "valid")
     draw_confusion_matrix(np.array(confusion), metadata.label_map.display_names, run.plots / "confusion.png")
     rows = _samples(run)
-    shown = dict(zip(metadata.label_map.class_names, metadata.label_map.display_names, strict=True))
+    names = metadata.label_map.display_names
+    shown = {  # classes that are shown by one name are still two classes
+        class_name: name if names.count(name) == 1 else f"{name} ({class_name})"
+        for class_name, name in zip(metadata.label_map.class_names, names, strict=True)
+    }
     draw_samples(
         _pictures([image_root / row["image_path"] for row in rows], metadata.input_spec),
         [shown[row["label"]] for row in rows],
@@ -42,16 +47,14 @@ def write_plots(run: RunFolder, image_root: Path) -> None:
     )
 
 
-def _history(events: list[dict[str, Any]]) -> dict[str, list[float]]:
-    epochs = [event for event in events if event["event"] == "epoch"]
+def _history(epochs: list[dict[str, Any]]) -> dict[str, list[float]]:
     names = ("train_loss", "valid_loss", "train_accuracy", "valid_accuracy", "learning_rates")
     return {name: [float(epoch[name]) for epoch in epochs] for name in names}
 
 
 def _samples(run: RunFolder) -> list[dict[str, str]]:
     """Choose validation images at even distances, the wrong predictions making up to half of them."""
-    with run.predictions.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["split"] == "valid"]
+    rows = [row for _, row in read_csv(run.predictions, required=("image_path",)) if row["split"] == "valid"]
     wrong = _spread([row for row in rows if row["label"] != row["predicted"]], SAMPLES // 2)
     right = _spread([row for row in rows if row["label"] == row["predicted"]], SAMPLES - len(wrong))
     return sorted(right + wrong, key=lambda row: row["image_path"])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import RunError, StorageError
+from finetune.errors import RunError, StorageError, first_ten
 from finetune.runs import strict_json
 
 
@@ -105,6 +105,9 @@ RUN_NAMES = frozenset(
 )
 """The names of everything in a run folder."""
 
+EARLY_NAMES = frozenset({"bad_files.csv", "split.csv", "advice.json", "metrics.jsonl", "environment.json"})
+"""What a start writes before its config, none of it dear to anyone."""
+
 
 def next_free_folder(data: str, model: str) -> Path:
     """Return runs/<data>-<model>, or with -2, -3 … appended where that is taken."""
@@ -121,10 +124,10 @@ def next_free_folder(data: str, model: str) -> Path:
 def open_run(path: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[RunFolder]:
     """Create the run folder at `path`, or open it again, and hold it against a second process.
 
-    What a start that failed has left behind, a folder of run files without a config, counts as empty.
+    What a start that failed has left behind, before anything was learned, counts as empty.
 
     Raises:
-        RunError: It holds files and neither `resume` nor `overwrite` is asked for, it holds something else than a run,
+        RunError: It holds files and neither `resume` nor `overwrite` is asked for, it holds files that no run wrote,
             there is nothing to resume, or another process is training in it.
         StorageError: It cannot be created.
     """
@@ -132,13 +135,15 @@ def open_run(path: Path, *, resume: bool = False, overwrite: bool = False) -> It
     entries = _entries(path)
     if resume and not run.config.exists():
         raise RunError(f"there is no run to resume in {path}", "check --output, or leave --resume out to start anew")
-    is_leftover = not run.config.exists() and {entry.name for entry in entries} <= RUN_NAMES
+    # A name that ends in .part is of a write that was killed.
+    names = {entry.name for entry in entries if not entry.name.endswith(".part")}
+    is_leftover = not run.config.exists() and names <= EARLY_NAMES
     if entries and not is_leftover and not resume and not overwrite:
         raise RunError(
             f"{path} is not empty", "pass --resume to go on with it, --overwrite to empty it, or another --output"
         )
-    if entries and not is_leftover and overwrite and not run.config.exists():
-        raise RunError(f"{path} holds files but no run, so it is not emptied", "choose another --output")
+    if overwrite and (foreign := names - RUN_NAMES):
+        raise RunError(f"{path} holds files of other origin: {first_ten(sorted(foreign))}", "choose another --output")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -157,9 +162,9 @@ def find_model_file(path: Path) -> Path:
     Raises:
         RunError: There is no such file or folder, or the run has not written its model yet.
     """
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises for names that are too long)
         return path
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110
         raise RunError(f"there is no run folder or model file {path}", "check the path; `finetune train` prints it")
     model = RunFolder(path).model
     if not model.is_file():
@@ -201,7 +206,7 @@ def sync_folder(path: Path) -> None:
 
 
 def _entries(path: Path) -> list[Path]:
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110 (Path.exists raises for names that are too long)
         return []
     if not path.is_dir():
         raise RunError(f"{path} is a file, not a run folder", "choose another --output")

@@ -17,6 +17,9 @@ class Reporter(Protocol):
     def say(self, text: str) -> None:
         """Show one line."""
 
+    def warn(self, text: str) -> None:
+        """Show one line that must not be missed."""
+
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Show a small table; numbers among the cells are aligned to the right."""
 
@@ -30,6 +33,10 @@ class LoggingReporter:
     def say(self, text: str) -> None:
         """Log one line."""
         logger.info(text)
+
+    def warn(self, text: str) -> None:
+        """Log one line as a warning, which Python shows unless told otherwise."""
+        logger.warning(text)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Log a table as tab-separated lines."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
@@ -23,10 +24,11 @@ from finetune.data.scan import write_bad_files
 from finetune.data.split import apply_split, split_table, write_split_csv
 from finetune.data.table import ImageTable
 from finetune.data.transforms import training_transform
-from finetune.errors import ConfigError, RunError
+from finetune.errors import RunError
 from finetune.evaluation.infer import probabilities_of
+from finetune.models.device import resolve_device
 from finetune.models.freezing import freeze_stages, frozen_count, hold_batch_norm
-from finetune.models.heads import head_module, load_linear_head
+from finetune.models.heads import can_load_linear_head, head_module, load_linear_head
 from finetune.models.initialize import Backbone, build_backbone
 from finetune.models.param_groups import parameter_groups
 from finetune.models.stages import stage_parameters
@@ -43,7 +45,7 @@ from finetune.training.progress import Progress
 from finetune.training.schedules import build_schedule
 from finetune.training.study import Baselines, study_images
 
-FREE_TO_CHANGE = frozenset({"output", "overwrite", "resume", "epochs", "workers", "device"})
+FREE_TO_CHANGE = frozenset({"data", "output", "overwrite", "resume", "epochs", "workers", "device"})
 """Options that a resume may be given anew."""
 
 
@@ -67,6 +69,7 @@ class Job:
             "options": _fixed_options(self.config),
             "plan": asdict(self.plan),  # epochs among it, so that a longer training is noticed
             "data_fingerprint": self.table.fingerprint(),
+            "pretrained_weights": self.backbone.weights,
         }
 
 
@@ -87,14 +90,16 @@ def assemble(config: TrainConfig, run: RunFolder, reporter: Reporter) -> Job:
         values = saved.values["identity"]["plan"]
         plan = Plan(**values | {"frozen_stages": tuple(values["frozen_stages"])})
         plan = replace(plan, epochs=plan.epochs if config.epochs == "auto" else config.epochs)
+        backbone = replace(backbone, weights=saved.values["identity"]["pretrained_weights"])
     else:
         plan = _start(config, run, backbone, loaders, device=accelerator.device, reporter=reporter)
-        if plan.start == "fresh" and config.use_pretrained:
-            backbone = _network(config, len(label_map), accelerator, use_pretrained=False)
+        if plan.start == "fresh" and (config.use_pretrained or config.weights):
+            fresh = replace(config, weights=None)
+            backbone = _network(fresh, len(label_map), accelerator, use_pretrained=False)
     freeze_stages(backbone.module, backbone.stages, len(plan.frozen_stages))
     if plan.batch_norm == "eval":
         hold_batch_norm(backbone.module)
-    workers = _workers(config, backbone, loaders["valid"], accelerator.device)
+    workers = _workers(config, backbone, loaders["train"], accelerator.device)
     loaders = split_loaders(table, label_map, backbone.input_spec, batch_size=config.batch_size, workers=workers)
     loaders["train"] = _training_loader(config, backbone, table, label_map, workers=workers)
     learner = _learner(config, backbone, plan, loaders["train"], accelerator)
@@ -110,7 +115,7 @@ def assemble(config: TrainConfig, run: RunFolder, reporter: Reporter) -> Job:
         progress=Progress(),
     )
     if saved:
-        _refuse_changes(saved, job)
+        _refuse_changes(config, saved, job)
         job.progress = restore_state(saved, learner, is_longer=plan.epochs != values["epochs"])
         _forget_later_events(run, saved)
     else:
@@ -118,7 +123,7 @@ def assemble(config: TrainConfig, run: RunFolder, reporter: Reporter) -> Job:
             device=str(accelerator.device), threads=torch.get_num_threads(), seed=config.seed
         )
         write_whole(run.environment, strict_json.dump(environment, indent=1))
-        write_whole(run.config, to_yaml(job.config))
+    write_whole(run.config, to_yaml(job.config))
     return job
 
 
@@ -135,12 +140,11 @@ def build_accelerator(device: str, precision: str) -> Accelerator:
     Raises:
         ConfigError: The device is not there.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device in available and not available[device]:
-        raise ConfigError(f"--device {device} is not available here", "use --device auto, or cpu")
+    place = resolve_device(device)
     if precision == "auto":
-        on_gpu = device in ("auto", "cuda") and available["cuda"]
-        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+        precision = "bf16" if place.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if AcceleratorState._shared_state and PartialState().num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier training's choices bind for good otherwise
     return Accelerator(cpu=device == "cpu", mixed_precision="no" if precision == "fp32" else precision)
 
 
@@ -154,7 +158,7 @@ def _images(config: TrainConfig, run: RunFolder, reporter: Reporter) -> tuple[Im
     write_bad_files(images.scan.bad_files, run.bad_files)
     for finding in images.diagnosis.findings:
         if finding.severity == "warning":
-            reporter.say(f"Warning: {finding.message}")
+            reporter.warn(finding.message)
     require_trainable(images.diagnosis)
     if config.resume:
         return apply_split(images.scan.table, run.split), images.label_map
@@ -187,7 +191,6 @@ def _start(
 ) -> Plan:
     """Study the images, choose the scenario, make the plan and put the solved head in; write down all of it."""
     class_count = head_module(backbone.module).weight.shape[0]
-    is_linear = isinstance(head_module(backbone.module), torch.nn.Linear)
     study = study_images(backbone, loaders, class_count=class_count, seed=config.seed, device=device, reporter=reporter)
     evidence = measure(study.train, study.probe, is_pretrained=config.use_pretrained or config.weights is not None)
     requested = "small-similar" if config.feature_extract else config.scenario
@@ -197,7 +200,7 @@ def _start(
         config,
         scenario=advice.scenario,
         frozen_stages=tuple(stage.name for stage in backbone.stages[:frozen]),
-        can_solve_head=is_linear,
+        can_solve_head=can_load_linear_head(backbone.module),
         has_batch_norm=any(isinstance(module, _BatchNorm) for module in backbone.module.modules()),
         images=len(study.train),
     )
@@ -292,7 +295,11 @@ def _learner(
 def _resolved(config: TrainConfig, plan: Plan, backbone: Backbone, workers: int) -> TrainConfig:
     return replace(
         config,
+        data=str(Path(config.data).resolve()),
+        output=None,
+        weights=None if plan.start == "fresh" else config.weights,
         scenario=plan.scenario,
+        head_start=plan.head_start,
         image_size=backbone.input_spec.image_size_px,
         epochs=plan.epochs,
         optimizer=plan.optimizer,
@@ -310,14 +317,15 @@ def _fixed_options(config: TrainConfig) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def _refuse_changes(saved: SavedState, job: Job) -> None:
-    before, now = saved.values["identity"], job.identity()
+def _refuse_changes(config: TrainConfig, saved: SavedState, job: Job) -> None:
+    """Compare the options as they were given with those the run was saved with; an "auto" agrees with any."""
+    before = saved.values["identity"]
     changes = [
         f"--{name.replace('_', '-')} was {before['options'].get(name)!r} and is {value!r}"
-        for name, value in now["options"].items()
-        if before["options"].get(name) != value
+        for name, value in _fixed_options(config).items()
+        if value not in ("auto", before["options"].get(name))
     ]
-    if before["data_fingerprint"] != now["data_fingerprint"]:
+    if before["data_fingerprint"] != job.table.fingerprint():
         changes.append("the images are not those that training began with")
     if changes:
         raise RunError(f"{job.run.path} cannot be resumed: {'; '.join(changes)}", "train anew with another --output")

@@ -39,6 +39,8 @@ class SavedState:
 
     folder: Path
     model: dict[str, torch.Tensor]
+    best: dict[str, torch.Tensor]
+    """The best weights, where they have no save of their own."""
     optimizer: dict[str, torch.Tensor]
     rng: dict[str, torch.Tensor]
     values: dict[str, Any]
@@ -88,7 +90,7 @@ class Checkpointer:
                     f"{self.run.checkpoints} refused {self.failures} saves in a row: {error}",
                     "free some space, then --resume",
                 ) from error
-            self.reporter.say(f"The training state could not be saved ({error}); the one before is kept.")
+            self.reporter.warn(f"the training state could not be saved ({error}); the one before is kept.")
         else:
             self.failures = 0
         self.saved_at = time.monotonic()
@@ -119,6 +121,8 @@ def write_state(run: RunFolder, learner: Learner, progress: Progress, *, identit
             }
         ).encode(),
     }
+    if progress.best_step != progress.global_step and not _step_folder(run, progress.best_step).exists():
+        files["best.safetensors"] = save(progress.best_weights)  # its own save was refused
     files["manifest.json"] = strict_json.dump(
         {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     ).encode()
@@ -126,8 +130,9 @@ def write_state(run: RunFolder, learner: Learner, progress: Progress, *, identit
     needed = sum(map(len, files.values()))
     if shutil.disk_usage(run.checkpoints).free < needed:
         raise OSError(f"{needed:,} bytes are needed and fewer are free")
-    _place(run.checkpoints / f"step-{progress.global_step:09d}", files)
-    write_whole(run.checkpoints / POINTER, f"step-{progress.global_step:09d}\n")
+    folder = _step_folder(run, progress.global_step)
+    _place(folder, files)
+    write_whole(run.checkpoints / POINTER, f"{folder.name}\n")
     _prune(run.checkpoints, best_step=progress.best_step)
 
 
@@ -141,7 +146,7 @@ def read_state(run: RunFolder, reporter: Reporter) -> SavedState:
         try:
             return _verified(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            reporter.say(f"Passed over the damaged training state {folder.name}: {error}")
+            reporter.warn(f"passed over the damaged training state {folder.name}: {error}")
     raise RunError(f"{run.path} holds no training state to resume from", "train anew with --overwrite")
 
 
@@ -155,10 +160,11 @@ def restore_state(state: SavedState, learner: Learner, *, is_longer: bool) -> Pr
         RunError: The best weights so far are gone, or the optimiser moves other parameters.
     """
     progress = Progress.from_json(state.values["progress"], _read_best(state))
+    first_rates = [float(group["lr"]) for group in learner.optimizer.param_groups]
     learner.model.load_state_dict(state.model)
     _unpack_optimizer(learner.optimizer, learner.model, state.optimizer, state.values["optimizer_groups"])
     if is_longer and learner.schedule.every == "step":
-        learner.schedule.catch_up(progress.global_step)
+        learner.schedule.catch_up(progress.global_step, first_rates)
     else:
         learner.schedule.restore(state.values["schedule"])
     _unpack_rng(state.rng)
@@ -171,6 +177,8 @@ def _read_best(state: SavedState) -> dict[str, torch.Tensor]:
     Raises:
         RunError: Their save is gone or damaged.
     """
+    if state.best:
+        return state.best
     best = state.folder.with_name(f"step-{state.values['progress']['best_step']:09d}")
     if best == state.folder:
         return state.model
@@ -180,6 +188,10 @@ def _read_best(state: SavedState) -> dict[str, torch.Tensor]:
         raise RunError(
             f"the best weights so far, {best}, cannot be read: {error}", "train anew with --overwrite"
         ) from error
+
+
+def _step_folder(run: RunFolder, step: int) -> Path:
+    return run.checkpoints / f"step-{step:09d}"
 
 
 def _place(target: Path, files: Mapping[str, bytes]) -> None:
@@ -203,6 +215,8 @@ def _place(target: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _prune(folder: Path, *, best_step: int) -> None:
+    for part in folder.glob(".step-*.part"):  # of a process that was killed; the run folder's lock is ours
+        shutil.rmtree(part, ignore_errors=True)
     saves = sorted(folder.glob("step-*"))
     kept = {save.name for save in saves[-KEPT:]} | {f"step-{best_step:09d}"}
     for old in saves:
@@ -223,6 +237,7 @@ def _verified(folder: Path) -> SavedState:
     return SavedState(
         folder=folder,
         model=load(files["model.safetensors"]),
+        best=load(files["best.safetensors"]) if "best.safetensors" in files else {},
         optimizer=load(files["optimizer.safetensors"]),
         rng=load(files["rng.safetensors"]),
         values=values,

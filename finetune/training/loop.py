@@ -1,5 +1,6 @@
 """The training loop, read top to bottom: start → epochs → steps. A notebook and the command run the same one."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from finetune.training.progress import History, Progress, Totals, Watcher
 from finetune.training.schedules import Schedule
 
 # Shapes: B batch, C channels, H height, W width.
+
+LOWER_RATES = "train with a lower --learning-rate and --trunk-learning-rate, or with --max-grad-norm 1"
 
 
 @dataclass(kw_only=True)
@@ -108,7 +111,7 @@ def run_epochs(
             watcher.epoch_started(progress)
         learner.model.train()
         for batch in readable(train_batches):
-            progress.totals.add(*train_step(learner, batch))
+            progress.totals.add(*train_step(learner, batch, step=progress.global_step + 1))
             progress.step += 1
             progress.global_step += 1
             for watcher in watchers:
@@ -125,8 +128,8 @@ def run_epochs(
     learner.model.eval()
 
 
-def train_step(learner: Learner, batch: Sequence[Any]) -> tuple[float, int, int]:
-    """Take one optimiser step; return the mean loss, the right predictions and the images of `batch`.
+def train_step(learner: Learner, batch: Sequence[Any], *, step: int = 1) -> tuple[float, int, int]:
+    """Take one optimiser step, the `step`-th; return the mean loss, the right predictions and the images of `batch`.
 
     Raises:
         DivergedError: Loss or gradient is not finite; nothing was changed.
@@ -135,12 +138,12 @@ def train_step(learner: Learner, batch: Sequence[Any]) -> tuple[float, int, int]
     with _lone_image_guard(learner.model, len(images_BCHW)):
         outputs = learner.model(_channels_last(images_BCHW))
         loss = total_loss(outputs, class_indices_B, learner.criterion)
-    _require_finite(loss, "loss", learner, batch)
+    _require_finite(loss, f"loss of step {step}", learner, batch)
     learner.optimizer.zero_grad()
     learner.accelerator.backward(loss)
     norm = learner.accelerator.clip_grad_norm_(learner.learning_parameters(), learner.max_grad_norm or float("inf"))
     if norm is not None and learner.accelerator.scaler is None:  # a loss scaler skips such a step by itself
-        _require_finite(norm, "gradient norm", learner, batch)
+        _require_finite(norm, f"gradient norm of step {step}", learner, batch)
     learner.optimizer.step()
     learner.schedule.step_ended()
     right = int((main_output(outputs).argmax(dim=1) == class_indices_B).sum())
@@ -166,6 +169,11 @@ def _end_epoch(
     history = progress.history
     history.learning_rates.append(float(learner.optimizer.param_groups[0]["lr"]))
     valid = evaluate_loss(learner, valid_batches)
+    if not math.isfinite(valid.mean_loss):
+        raise DivergedError(
+            f"the validation loss of epoch {progress.epoch + 1} became {valid.mean_loss}; the saves before it are kept",
+            LOWER_RATES,
+        )
     history.train_loss.append(progress.totals.mean_loss)
     history.train_accuracy.append(progress.totals.accuracy)
     history.valid_loss.append(valid.mean_loss)
@@ -186,7 +194,7 @@ def _require_finite(value: torch.Tensor, what: str, learner: Learner, batch: Seq
     images = f" on {first_ten(batch[2])}" if len(batch) > 2 else ""
     raise DivergedError(
         f"the {what} became {value.item()} at learning rate {rate:g}{images}; that step was not taken",
-        "train with a lower --learning-rate and --trunk-learning-rate, or with --max-grad-norm 1",
+        LOWER_RATES,
     )
 
 

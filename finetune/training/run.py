@@ -1,16 +1,14 @@
 """A job carried through: train, score the best weights, and leave the run folder whole."""
 
-import csv
-import io
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from finetune.data.csv_files import write_csv
 from finetune.data.loaders import readable
 from finetune.evaluation.infer import Predictions, predict_batches
 from finetune.evaluation.scores import Scores, score
 from finetune.models.freezing import stage_summary
-from finetune.runs.folder import write_whole
 from finetune.runs.model_file import ModelMetadata, save_model_file
 from finetune.runs.reporting import Reporter
 from finetune.training.assemble import Job
@@ -19,6 +17,8 @@ from finetune.training.loop import run_epochs
 from finetune.training.progress import Watcher
 from finetune.training.stopping import EarlyStopping, Interruption
 from finetune.training.watchers import EpochRecorder, ProgressBar
+
+PREDICTION_COLUMNS = ("image_path", "split", "label", "predicted", "probability")
 
 
 def run_job(job: Job, reporter: Reporter) -> dict[str, Scores]:
@@ -38,10 +38,13 @@ def run_job(job: Job, reporter: Reporter) -> dict[str, Scores]:
         checkpointer = Checkpointer(job.run, job.learner, identity=job.identity(), reporter=reporter)
         watchers: list[Watcher] = [EpochRecorder(job.run), interruption, ProgressBar(reporter)]
         if job.config.patience:
-            watchers.append(EarlyStopping(job.config.patience))
+            stopping = EarlyStopping(job.config.patience)
+            watchers.append(stopping)
+            if job.progress.epoch:
+                stopping.epoch_ended(job.progress)  # a resume of a training that had stopped early
         # The checkpointer comes last: what it saves includes what the others have done.
         run_epochs(job.learner, job.loaders, job.plan.epochs, progress=job.progress, watchers=[*watchers, checkpointer])
-    if interruption.received is not None:
+    if interruption.received is not None and job.progress.stop_reason:
         reporter.say(f"Interrupted; the state is saved. Go on with: finetune train --output {job.run.path} --resume")
         if interruption.received == signal.SIGINT:
             raise KeyboardInterrupt
@@ -61,7 +64,8 @@ def _tell_what_learns(job: Job, reporter: Reporter) -> None:
 def _tell_the_end(job: Job, reporter: Reporter, *, seconds: float) -> None:
     history = job.progress.history
     if not len(history):
-        reporter.say("The head was solved in closed form; no epochs were needed.")
+        what = "The head was solved on the frozen features" if job.plan.head_start == "probe" else "The head is random"
+        reporter.say(f"{what}; no epochs were asked for.")
         return
     if job.progress.stop_reason:
         reporter.say(f"Stopped early: {job.progress.stop_reason}.")
@@ -82,7 +86,6 @@ def _write_results(job: Job, reporter: Reporter) -> dict[str, Scores]:
             found = predictions[split]
             scores[split] = score(found.class_indices_N, found.probabilities_NK, job.label_map.class_names)
             job.run.record("evaluation", {"split": split, **scores[split].to_json()})
-    write_whole(job.run.predictions, predictions_csv(predictions, job.label_map.class_names))
     metadata = ModelMetadata(
         architecture=job.backbone.name,
         head=job.backbone.head,
@@ -95,18 +98,14 @@ def _write_results(job: Job, reporter: Reporter) -> dict[str, Scores]:
         data_fingerprint=job.table.fingerprint(),
     )
     save_model_file(job.run.model, model.state_dict(), metadata)
+    write_csv(job.run.predictions, columns=PREDICTION_COLUMNS, rows=_rows(predictions, job.label_map.class_names))
     return scores
 
 
-def predictions_csv(predictions: dict[str, Predictions], class_names: Sequence[str]) -> str:
-    """Return predictions.csv: one line an image with its split, label, predicted class and probability."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image_path", "split", "label", "predicted", "probability"])
+def _rows(predictions: dict[str, Predictions], class_names: Sequence[str]) -> Iterator[Sequence[str]]:
     for split, found in predictions.items():
         predicted_N = found.probabilities_NK.argmax(axis=1)
         for path, true, guess, row_K in zip(
             found.image_paths, found.class_indices_N, predicted_N, found.probabilities_NK, strict=True
         ):
-            writer.writerow([path, split, class_names[true], class_names[guess], f"{row_K[guess]:.6f}"])
-    return text.getvalue()
+            yield path, split, class_names[true], class_names[guess], f"{row_K[guess]:.6f}"

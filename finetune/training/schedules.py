@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,10 +59,15 @@ class Schedule:
         """Go on from what `state` returned."""
         self.scheduler.load_state_dict(dict(state))
 
-    def catch_up(self, steps: int) -> None:
-        """Go to where this schedule, made for a longer training than the one saved, is after `steps` steps."""
+    def catch_up(self, steps: int, rates: Sequence[float]) -> None:
+        """Go to where this schedule, made for a longer training than the one saved, is after `steps` steps.
+
+        `rates` are those it began with, for each group of the optimiser: torch's schedules move from rate to rate.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch minds that the optimiser has not stepped
+            for group, rate in zip(self.scheduler.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
             for _ in range(steps):
                 self.scheduler.step()
 

@@ -89,7 +89,7 @@ class TestCurves:
 
     @pytest.mark.parametrize("history", [{}, {"train_loss": [], "valid_accuracy": []}])
     def test_no_epochs_says_why(self, history, tmp_path):
-        assert shown_texts(charts.curves_figure(history)) == ["no epochs: the head was solved in closed form"]
+        assert shown_texts(charts.curves_figure(history)) == ["no epochs: the head was not trained by gradient"]
         charts.draw_curves(history, tmp_path / "none.png")
         assert_png(tmp_path / "none.png")
 

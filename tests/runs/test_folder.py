@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -133,16 +134,38 @@ def test_overwrite_removes_links_and_not_what_they_point_to(finished: RunFolder,
     kept = tmp_path / "photos"
     kept.mkdir()
     (kept / "rose.jpg").write_bytes(b"rose")
-    (finished.path / "photos").symlink_to(kept)
+    shutil.rmtree(finished.path / "plots")
+    (finished.path / "plots").symlink_to(kept)
     with open_run(finished.path, overwrite=True):
         assert names_in(finished.path) == set()
     assert (kept / "rose.jpg").read_bytes() == b"rose"
 
 
+def test_overwrite_spares_a_run_that_someone_has_put_files_into(finished: RunFolder) -> None:
+    before = names_in(finished.path)
+    (finished.path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match=r"notes\.txt"), open_run(finished.path, overwrite=True):
+        pytest.fail("the folder was opened")
+    assert names_in(finished.path) == before | {"notes.txt"}
+
+
+def test_a_model_kept_alone_is_not_taken_for_a_failed_start(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"precious")
+    with pytest.raises(RunError, match="is not empty"), open_run(tmp_path):
+        pytest.fail("the folder was opened")
+    assert (tmp_path / "model.safetensors").read_bytes() == b"precious"
+
+
+def test_what_a_failed_start_has_left_counts_as_empty(tmp_path: Path) -> None:
+    (tmp_path / "bad_files.csv").write_text("path,reason,detail")
+    with open_run(tmp_path):
+        assert names_in(tmp_path) == set()
+
+
 def test_overwrite_spares_a_folder_that_holds_no_run(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("ten years")
     with (
-        pytest.raises(RunError, match="holds files but no run, so it is not emptied"),
+        pytest.raises(RunError, match=r"holds files of other origin: thesis\.tex"),
         open_run(tmp_path, overwrite=True),
     ):
         pytest.fail("opened")

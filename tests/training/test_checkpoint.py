@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class Heard:
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    def say(self, text: str) -> None:
+    def warn(self, text: str) -> None:
         self.said.append(text)
 
 
@@ -109,6 +110,7 @@ def test_a_resumed_training_ends_at_the_same_bits(
 def test_a_longer_training_goes_on_where_the_longer_schedule_is(
     run: RunFolder, make_learner: Callable[..., Learner]
 ) -> None:
+    """Also from the end of the shorter one, where its rates had fallen to nothing."""
     train(make_learner(epochs=2), run, Progress(), epochs=2)
     longer = make_learner(epochs=6)
     progress = restore_state(read_state(run, Heard()), longer, is_longer=True)  # type: ignore[arg-type]
@@ -135,6 +137,17 @@ def test_a_damaged_save_is_passed_over_and_named(run: RunFolder, make_learner: C
     assert state.folder < newest
     assert newest.name in heard.said[0]
     assert "checksum" in heard.said[0]
+
+
+def test_the_best_weights_survive_a_save_that_was_refused(run: RunFolder, make_learner: Callable[..., Learner]) -> None:
+    learner = make_learner()
+    progress = train(learner, run, Progress(), epochs=2)
+    best = {name: tensor.clone() for name, tensor in progress.best_weights.items()}
+    shutil.rmtree(run.checkpoints / f"step-{progress.best_step:09d}")
+    progress.global_step = 99
+    checkpoint.write_state(run, learner, progress, identity=IDENTITY)
+    restored = restore_state(read_state(run, Heard()), make_learner(), is_longer=False)  # type: ignore[arg-type]
+    assert all(torch.equal(restored.best_weights[name], tensor) for name, tensor in best.items())
 
 
 def test_no_save_that_verifies_is_an_error(run: RunFolder, make_learner: Callable[..., Learner]) -> None:

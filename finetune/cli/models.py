@@ -34,8 +34,9 @@ def run(words: list[str], reporter: ConsoleReporter) -> int:  # noqa: ARG001
     count = 0
     for count, model in enumerate(found, start=1):  # noqa: B007
         here = "here" if model.is_local else "not here"
+        size = "–" if model.image_size_px is None else f"{model.image_size_px} px"
         print(
-            f"{model.name:<44} {model.parameters:>13,} {model.image_size_px:>4} px  {model.weights} ({here})",
+            f"{model.name:<44} {model.parameters:>13,} {size:>7}  {model.weights} ({here})",
             flush=True,
         )
     if not count:

@@ -6,6 +6,7 @@ unknown name. torchvision and timm are imported when first asked, because that t
 
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -62,7 +63,8 @@ class ModelDescription:
 
     name: str
     parameters: int
-    image_size_px: int
+    image_size_px: int | None
+    """Side of the square input; None where the network wants another shape, which is refused when it is built."""
     weights: str
     is_local: bool
 
@@ -101,10 +103,13 @@ def list_models(pattern: str = "*") -> tuple[ModelEntry, ...]:
 def describe(entry: ModelEntry) -> ModelDescription:
     """Describe a backbone for a listing. A timm model is built without memory (meta device) to count its parameters."""
     is_torchvision = entry.source == "torchvision"
+    image_size_px = None
+    with suppress(ModelError):
+        image_size_px = input_spec(entry).image_size_px
     return ModelDescription(
         name=entry.name,
         parameters=torchvision_weights(entry).meta["num_params"] if is_torchvision else _count_timm_parameters(entry),
-        image_size_px=input_spec(entry).image_size_px,
+        image_size_px=image_size_px,
         weights=weights_source(entry),
         is_local=local_weights(entry) is not None,
     )

@@ -24,6 +24,12 @@ def test_a_pattern_and_json(finetune: Callable[..., Any]) -> None:
     assert sizes["torchvision/resnet50"] == 25_557_032
 
 
+def test_a_network_of_another_shape_is_listed_without_a_size(finetune: Callable[..., Any]) -> None:
+    found = json.loads(finetune("models", "vit_base_patch16_sapiens2", "--format", "json").out)
+    assert found
+    assert {row["image_size_px"] for row in found} == {None}
+
+
 def test_no_match_says_so(finetune: Callable[..., Any]) -> None:
     outcome = finetune("models", "no-such-network")
     assert outcome.code == 4

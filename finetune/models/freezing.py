@@ -12,7 +12,7 @@ from typing import Literal
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from finetune.models.stages import Stage, count_parameters, stage_parameters
+from finetune.models.stages import Stage, count_stage_parameters, stage_parameters
 
 Scenario = Literal["small-similar", "large-similar", "small-different", "large-different"]
 Amount = Literal["little", "medium", "much"]
@@ -65,7 +65,7 @@ def frozen_count(scenario: Scenario, model: nn.Module, stages: Sequence[Stage], 
     share = FROZEN_SHARE[amount(images_per_class)] if scenario == "small-different" else 0.0
     if share == 0:
         return 0
-    body = [count_parameters(model, stage) for stage in stages if stage.is_body]
+    body = [count_stage_parameters(model, stage) for stage in stages if stage.is_body]
     fitting = sum(sum(body[: count + 1]) <= share * sum(body) for count in range(len(body)))
     return max(1, fitting)
 
@@ -114,7 +114,7 @@ def stage_summary(model: nn.Module, stages: Sequence[Stage]) -> list[StageSummar
     return [
         StageSummary(
             stage=stage.name,
-            parameters=count_parameters(model, stage),
+            parameters=count_stage_parameters(model, stage),
             learning=sum(p.numel() for p in stage_parameters(model, stage).values() if p.requires_grad),
         )
         for stage in stages

@@ -125,6 +125,29 @@ def build_backbone(
     )
 
 
+def build_as_published(name: str, *, image_size: int | None = None) -> tuple[nn.Module, InputSpec]:
+    """Build the network called `name` with its zoo's own head, without weights and without memory for them.
+
+    Its parameters are on torch's meta device: they have shapes and no values, so that the largest network is looked at
+    in no time. It is in eval mode.
+
+    Args:
+        name: Any name of the catalog.
+        image_size: Side in pixels, if not the one the weights were trained with.
+
+    Raises:
+        ModelError: the name is unknown, or the image size is impossible.
+    """
+    entry = catalog.resolve(name)
+    input_spec = catalog.input_spec(entry)
+    with torch.device("meta"):
+        module = _build(entry).eval()
+    if image_size is not None and image_size != input_spec.image_size_px:
+        input_spec = input_spec.at_size(image_size)
+        _resize(entry, module, image_size)
+    return module, input_spec
+
+
 def _load_from_file(entry: ModelEntry, path: Path) -> tuple[nn.Module, str]:
     module = _build(entry)
     report = load_weights_file(module, path, ignore_head=True)

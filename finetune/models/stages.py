@@ -92,7 +92,7 @@ def stage_parameters(model: nn.Module, stage: Stage) -> dict[str, nn.Parameter]:
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
 
 
-def count_parameters(model: nn.Module, stage: Stage) -> int:
+def count_stage_parameters(model: nn.Module, stage: Stage) -> int:
     """Count the parameters of `stage`, learning or frozen."""
     return sum(parameter.numel() for parameter in stage_parameters(model, stage).values())
 

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision import models
 
 from finetune.models.heads import head_layers, replace_head
-from finetune.models.stages import Stage, count_parameters, find_stages, stage_tensors
+from finetune.models.stages import Stage, count_stage_parameters, find_stages, stage_tensors
 
 
 def build_torchvision(name: str) -> nn.Module:
@@ -51,7 +51,7 @@ def test_timm_models_are_partitioned(module: str) -> None:
         model = timm.create_model(name)
         replace_head(model, 7)
     stages = check_partition(model)
-    assert count_parameters(model, stages[-1]) < sum(p.numel() for p in model.parameters()) / 2
+    assert count_stage_parameters(model, stages[-1]) < sum(p.numel() for p in model.parameters()) / 2
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_hidden_layers_are_no_body() -> None:
     model = build_torchvision("vgg16")
     hidden = find_stages(model)[-2]
     assert (hidden.name, hidden.is_body) == ("hidden", False)
-    assert count_parameters(model, hidden) == 119_545_856
+    assert count_stage_parameters(model, hidden) == 119_545_856
 
 
 def test_tokens_and_position_embeddings_stand_in_the_stem() -> None:

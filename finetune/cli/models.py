@@ -33,10 +33,10 @@ def run(words: list[str], reporter: ConsoleReporter) -> int:  # noqa: ARG001
         return 0
     count = 0
     for count, model in enumerate(found, start=1):  # noqa: B007
-        here = "here" if model.is_local else "not here"
+        here = " (here)" if model.is_local else " (not here)" * (model.weights != "none")
         size = "–" if model.image_size_px is None else f"{model.image_size_px} px"
         print(
-            f"{model.name:<44} {model.parameters:>13,} {size:>7}  {model.weights} ({here})",
+            f"{model.name:<44} {model.parameters:>13,} {size:>7}  {model.weights}{here}",
             flush=True,
         )
     if not count:

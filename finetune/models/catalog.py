@@ -21,7 +21,9 @@ from finetune.runs.records import InputSpec, Interpolation
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
 
-Source = Literal["torchvision", "timm", "bundled"]
+    from finetune.models.classic.table import Classic
+
+Source = Literal["torchvision", "timm", "bundled", "classic"]
 
 FAMILIES: dict[str, str] = {
     "resnet": "resnet152",
@@ -72,7 +74,7 @@ class ModelDescription:
 def resolve(name: str) -> ModelEntry:
     """Look up the backbone called `name`.
 
-    A bare name is a family, the bundled default, a torchvision name or a timm name, in this order;
+    A bare name is the bundled default, a classic network, a family, a torchvision name or a timm name, in this order;
     `torchvision/NAME` and `timm/NAME` ask one zoo.
 
     Raises:
@@ -81,13 +83,15 @@ def resolve(name: str) -> ModelEntry:
     zoo, _, bare = name.rpartition("/")
     if name == DEFAULT_MODEL:
         return ModelEntry(name=DEFAULT_MODEL, source="bundled", architecture=_BUNDLED_ARCHITECTURE)
+    if name in _classics():
+        return _classic_entry(name)
     if zoo in ("", "torchvision"):
         architecture = bare if zoo else FAMILIES.get(bare, bare)
         if architecture in _torchvision_names():
             return _torchvision_entry(architecture)
     if zoo in ("", "timm") and bare in _timm_names():
         return _timm_entry(bare)
-    bare_names = (*FAMILIES, DEFAULT_MODEL, *_torchvision_names(), *_timm_names())
+    bare_names = (*FAMILIES, DEFAULT_MODEL, *_classics(), *_torchvision_names(), *_timm_names())
     candidates = [entry.name for entry in _all_entries()] if "/" in name else list(dict.fromkeys(bare_names))
     raise ModelError(f"no model is called {name!r}", nearest(name, candidates))
 
@@ -108,7 +112,7 @@ def describe(entry: ModelEntry) -> ModelDescription:
         image_size_px = input_spec(entry).image_size_px
     return ModelDescription(
         name=entry.name,
-        parameters=torchvision_weights(entry).meta["num_params"] if is_torchvision else _count_timm_parameters(entry),
+        parameters=torchvision_weights(entry).meta["num_params"] if is_torchvision else _count_parameters(entry),
         image_size_px=image_size_px,
         weights=weights_source(entry),
         is_local=local_weights(entry) is not None,
@@ -117,6 +121,8 @@ def describe(entry: ModelEntry) -> ModelDescription:
 
 def weights_source(entry: ModelEntry) -> str:
     """Say where the pretrained weights of `entry` come from, or "none"."""
+    if entry.source == "classic":
+        return "none"
     if entry.source == "torchvision":
         return f"torchvision {torchvision_weights(entry).name}"
     if entry.source == "bundled":
@@ -126,7 +132,9 @@ def weights_source(entry: ModelEntry) -> str:
 
 
 def local_weights(entry: ModelEntry) -> Path | None:
-    """Return the file with the pretrained weights of `entry`, or nothing where it would have to be downloaded."""
+    """Return the file with the pretrained weights of `entry`, or nothing where it must be downloaded or there is none."""
+    if entry.source == "classic":
+        return None
     if entry.source == "bundled":
         # Found without being imported: looking for a file must not run a package's code.
         spec = find_spec(BUNDLED_PACKAGE)
@@ -165,6 +173,8 @@ def input_spec(entry: ModelEntry) -> InputSpec:
     Raises:
         ModelError: the weights expect images that are not square.
     """
+    if entry.source == "classic":
+        return classic(entry).input_spec
     if entry.source == "torchvision":
         preset = torchvision_weights(entry).transforms()
         return InputSpec(
@@ -215,6 +225,15 @@ def is_offline() -> bool:
     return any(switch.upper() in {"1", "ON", "YES", "TRUE"} for switch in switches)
 
 
+def classic(entry: ModelEntry) -> "Classic":
+    """Return how the classic network of `entry` is built."""
+    return _classics()[entry.architecture]
+
+
+def _classic_entry(name: str) -> ModelEntry:
+    return ModelEntry(name=name, source="classic", architecture=name)
+
+
 def _torchvision_entry(architecture: str) -> ModelEntry:
     return ModelEntry(name=f"torchvision/{architecture}", source="torchvision", architecture=architecture)
 
@@ -225,6 +244,12 @@ def _timm_entry(name: str) -> ModelEntry:
     tag = get_pretrained_cfg(name).tag
     tagged = f"{name.partition('.')[0]}.{tag}" if tag else name
     return ModelEntry(name=f"timm/{tagged}", source="timm", architecture=tagged)
+
+
+def _classics() -> dict[str, "Classic"]:
+    from finetune.models.classic.table import CLASSICS
+
+    return CLASSICS
 
 
 @cache
@@ -248,17 +273,22 @@ def _all_entries() -> tuple[ModelEntry, ...]:
 
     return (
         resolve(DEFAULT_MODEL),
+        *map(_classic_entry, _classics()),
         *map(_torchvision_entry, _torchvision_names()),
         *map(_timm_entry, timm.list_models(include_tags=True)),
     )
 
 
-def _count_timm_parameters(entry: ModelEntry) -> int:
+def _count_parameters(entry: ModelEntry) -> int:
     import timm
     import torch
 
     with torch.device("meta"):
-        model = timm.create_model(entry.architecture)
+        model = (
+            classic(entry).build(classic(entry).classes, channels=classic(entry).input_spec.channels)
+            if entry.source == "classic"
+            else timm.create_model(entry.architecture)
+        )
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -65,13 +65,32 @@ def replace_head(model: nn.Module, num_classes: int, *, head: HeadKind = "logits
         for path in head_layers(model):
             model.set_submodule(path, _resized(model.get_submodule(path), num_classes))
     if head == "log_softmax":
-        _append_log_softmax(model)
+        append_log_softmax(model)
+
+
+def append_log_softmax(model: nn.Module) -> None:
+    """Put a log-softmax behind every output layer.
+
+    In a `Sequential` it goes to the end, which leaves the layer's path alone and, in SqueezeNet, comes after the
+    ReLU and the pooling that turn the score map into (N, K, 1, 1). Elsewhere layer and log-softmax become a pair.
+    """
+    if averages_heads(model):
+        raise ModelError(
+            f"{type(model).__name__} averages several heads, so log-softmax outputs would not be probabilities",
+            "use head=logits",
+        )
+    for path in head_layers(model):
+        parent = model.get_submodule(path.rpartition(".")[0])
+        if isinstance(parent, nn.Sequential):
+            parent.append(nn.LogSoftmax(dim=1))
+        else:
+            model.set_submodule(path, nn.Sequential(model.get_submodule(path), nn.LogSoftmax(dim=1)))
 
 
 def can_load_linear_head(model: nn.Module) -> bool:
     """Tell whether the output of `model` is one linear layer with a bias, as `load_linear_head` needs it."""
     layer = head_module(model)
-    return isinstance(layer, nn.Linear) and layer.bias is not None and not _averages_heads(model)
+    return isinstance(layer, nn.Linear) and layer.bias is not None and not averages_heads(model)
 
 
 def load_linear_head(model: nn.Module, weight_KD: Tensor, bias_K: Tensor) -> None:
@@ -82,7 +101,7 @@ def load_linear_head(model: nn.Module, weight_KD: Tensor, bias_K: Tensor) -> Non
     """
     layer = head_module(model)
     name = type(model).__name__
-    if not isinstance(layer, nn.Linear) or _averages_heads(model):
+    if not isinstance(layer, nn.Linear) or averages_heads(model):
         raise ModelError(f"the head of {name} is not a single linear layer", "train it instead of solving it")
     if layer.bias is None:
         raise ModelError(f"the linear head of {name} has no bias to load", "train it instead of solving it")
@@ -96,6 +115,11 @@ def load_linear_head(model: nn.Module, weight_KD: Tensor, bias_K: Tensor) -> Non
         layer.bias.copy_(bias_K)
 
 
+def averages_heads(model: nn.Module) -> bool:
+    """Tell whether several output layers are combined into one output, as in distilled transformers."""
+    return is_timm_model(model) and len(_timm_classifiers(model)) > 1
+
+
 def is_timm_model(model: nn.Module) -> bool:
     """Tell whether timm built `model`, so that its `pretrained_cfg` names the output layers."""
     return hasattr(model, "pretrained_cfg")
@@ -107,11 +131,6 @@ def _timm_classifiers(model: nn.Module) -> list[str]:
     paths = (recorded,) if isinstance(recorded, str) else recorded
     existing = {path for path, _ in model.named_modules()}
     return [path for path in paths if path in existing]
-
-
-def _averages_heads(model: nn.Module) -> bool:
-    """Tell whether several output layers are combined into one output, as in distilled transformers."""
-    return is_timm_model(model) and len(_timm_classifiers(model)) > 1
 
 
 def _last_layer(model: nn.Module, path: str) -> str:
@@ -134,22 +153,3 @@ def _resized(layer: nn.Module, num_classes: int) -> nn.Module:
         bias=layer.bias is not None,
         device=layer.weight.device,
     )
-
-
-def _append_log_softmax(model: nn.Module) -> None:
-    """Put a log-softmax behind every output layer.
-
-    In a `Sequential` it goes to the end, which leaves the layer's path alone and, in SqueezeNet, comes after the
-    ReLU and the pooling that turn the score map into (N, K, 1, 1). Elsewhere layer and log-softmax become a pair.
-    """
-    if _averages_heads(model):
-        raise ModelError(
-            f"{type(model).__name__} averages several heads, so log-softmax outputs would not be probabilities",
-            "use head=logits",
-        )
-    for path in head_layers(model):
-        parent = model.get_submodule(path.rpartition(".")[0])
-        if isinstance(parent, nn.Sequential):
-            parent.append(nn.LogSoftmax(dim=1))
-        else:
-            model.set_submodule(path, nn.Sequential(model.get_submodule(path), nn.LogSoftmax(dim=1)))

@@ -18,7 +18,7 @@ from finetune.errors import ConfigError, ModelError, first_ten
 from finetune.models import catalog
 from finetune.models.catalog import ModelEntry
 from finetune.models.freezing import freeze_stages
-from finetune.models.heads import replace_head
+from finetune.models.heads import append_log_softmax, replace_head
 from finetune.models.stages import Stage, find_stages
 from finetune.models.weights import bundled_state, in_model_names, load_exact, load_weights_file
 from finetune.runs.model_file import HeadKind
@@ -40,6 +40,7 @@ class Backbone:
     stages: tuple[Stage, ...]
     head: HeadKind
     weights: str
+    is_pretrained: bool
 
 
 def initialize_model(
@@ -61,17 +62,21 @@ def initialize_model(
         model_name: A family (resnet, alexnet, vgg, squeezenet, densenet, inception) or any name of the catalog.
         num_classes: K ≥ 2, the outputs of the new head.
         feature_extract: Freeze everything but the new head.
-        use_pretrained: Start from the zoo's ImageNet weights; otherwise from random ones.
+        use_pretrained: Start from the zoo's ImageNet weights; otherwise from random ones, as the classic networks
+            always do, for which nobody publishes any.
         weights: A weight file to start from instead.
         head: What the network puts out, logits or log-softmax.
 
     Returns:
-        The network, (N, 3, H, W) → (N, K), and the side in pixels of its square images.
+        The network, (N, C, H, W) → (N, K), and the side in pixels of its square images. C is 3, or 1 for the classic
+        networks that take grey images.
 
     Raises:
         ModelError: the name is unknown, or the weights cannot be had or do not fit.
         ConfigError: `num_classes` or `head` is out of range.
     """
+    if head == "knn":
+        raise ConfigError("neighbours are found among training images", "finetune.train(…, head='knn') does that")
     backbone = build_backbone(
         model_name, num_classes=num_classes, use_pretrained=use_pretrained, weights=weights, head=head
     )
@@ -88,6 +93,7 @@ def build_backbone(
     weights: Path | str | None = None,
     head: HeadKind = "logits",
     image_size: int | None = None,
+    channels: int | None = None,
 ) -> Backbone:
     """Build the backbone called `name` with a fresh head, its preprocessing and its stages.
 
@@ -96,11 +102,13 @@ def build_backbone(
         num_classes: K ≥ 2, the outputs of the new head.
         use_pretrained: Load the pretrained weights of the zoo, if `weights` gives no file.
         weights: A weight file for this architecture; its head is dropped.
-        head: What the network puts out.
+        head: What the network puts out; "knn" is a head of logits that `attach_neighbours` will replace.
         image_size: Side in pixels, if not the one the weights were trained with; position embeddings are resampled.
+        channels: 1 for grey images, 3 for colour, if not the network's own; the classic networks have the choice.
 
     Raises:
-        ModelError: the name is unknown, the weights cannot be had or do not fit, or the image size is impossible.
+        ModelError: the name is unknown, the weights cannot be had or do not fit, or the image size or the number of
+            channels is impossible.
         ConfigError: `num_classes` or `head` is out of range.
     """
     if num_classes < 2:
@@ -108,13 +116,21 @@ def build_backbone(
     if head not in get_args(HeadKind):
         raise ConfigError(f"head is {head!r}", f"choose one of {', '.join(get_args(HeadKind))}")
     entry = catalog.resolve(name)
-    input_spec = catalog.input_spec(entry)
-    module, weights_text = _load_from_file(entry, Path(weights)) if weights else _load_from_zoo(entry, use_pretrained)
-    # Only now: the zoo's weights bring the zoo's 1000-class head with them.
-    replace_head(module, num_classes, head=head)
+    input_spec = _input_spec(entry, channels)
+    if entry.source == "classic":
+        module = catalog.classic(entry).build(num_classes, channels=input_spec.channels)
+        weights_text = _fill_from_file(module, Path(weights)) if weights else "none"
+        if head == "log_softmax":
+            append_log_softmax(module)
+    else:
+        module, weights_text = (
+            _load_from_file(entry, Path(weights)) if weights else _load_from_zoo(entry, use_pretrained)
+        )
+        # Only now: the zoo's weights bring the zoo's 1000-class head with them.
+        replace_head(module, num_classes, head="log_softmax" if head == "log_softmax" else "logits")
     if image_size is not None and image_size != input_spec.image_size_px:
         input_spec = input_spec.at_size(image_size)
-        _resize(entry, module, image_size)
+        _resize(entry, module, input_spec)
     return Backbone(
         name=entry.name,
         module=module,
@@ -122,6 +138,7 @@ def build_backbone(
         stages=find_stages(module),
         head=head,
         weights=weights_text,
+        is_pretrained=weights_text != "none",
     )
 
 
@@ -144,15 +161,32 @@ def build_as_published(name: str, *, image_size: int | None = None) -> tuple[nn.
         module = _build(entry).eval()
     if image_size is not None and image_size != input_spec.image_size_px:
         input_spec = input_spec.at_size(image_size)
-        _resize(entry, module, image_size)
+        _resize(entry, module, input_spec)
     return module, input_spec
+
+
+def _input_spec(entry: ModelEntry, channels: int | None) -> InputSpec:
+    input_spec = catalog.input_spec(entry)
+    if channels is None or channels == input_spec.channels:
+        return input_spec
+    if entry.source != "classic":
+        raise ModelError(
+            f"{entry.name} takes images of {input_spec.channels} channels, not {channels}",
+            "its weights were trained so; grey images are given to all of them",
+        )
+    return input_spec.with_channels(channels)
 
 
 def _load_from_file(entry: ModelEntry, path: Path) -> tuple[nn.Module, str]:
     module = _build(entry)
+    return module, _fill_from_file(module, path)
+
+
+def _fill_from_file(module: nn.Module, path: Path) -> str:
+    """Load all weights of `path` but the head's into `module`, and say so in words."""
     report = load_weights_file(module, path, ignore_head=True)
     dropped = f", dropped {first_ten(report.dropped)}" if report.dropped else ""
-    return module, f"file {path} ({report.loaded} tensors{dropped})"
+    return f"file {path} ({report.loaded} tensors{dropped})"
 
 
 def _load_from_zoo(entry: ModelEntry, use_pretrained: bool) -> tuple[nn.Module, str]:
@@ -191,6 +225,9 @@ def _download_timm(entry: ModelEntry) -> nn.Module:
 
 def _build(entry: ModelEntry) -> nn.Module:
     """Build the network as its zoo does, with random weights and the zoo's head."""
+    if entry.source == "classic":
+        network = catalog.classic(entry)
+        return network.build(network.classes, channels=network.input_spec.channels)
     if entry.source != "torchvision":
         import timm
 
@@ -210,10 +247,11 @@ def _build(entry: ModelEntry) -> nn.Module:
     return cast(nn.Module, get_model(entry.architecture, **options))
 
 
-def _resize(entry: ModelEntry, module: nn.Module, image_size: int) -> None:
+def _resize(entry: ModelEntry, module: nn.Module, input_spec: InputSpec) -> None:
     """Make `module` take images of another size, and push shapes through it to be sure that it does."""
     from torchvision.models import VisionTransformer
 
+    image_size = input_spec.image_size_px
     try:
         if hasattr(module, "set_input_size"):  # timm's transformers resample their position embeddings
             with warnings.catch_warnings():
@@ -221,7 +259,7 @@ def _resize(entry: ModelEntry, module: nn.Module, image_size: int) -> None:
                 cast(Any, module).set_input_size(img_size=image_size)
         elif isinstance(module, VisionTransformer):
             _resize_vit(module, image_size)
-        _push_shapes(module, image_size)
+        _push_shapes(module, input_spec)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ModelError(
@@ -242,12 +280,13 @@ def _resize_vit(module: nn.Module, image_size: int) -> None:
     vit.image_size, vit.seq_length = image_size, embedding.shape[1]
 
 
-def _push_shapes(module: nn.Module, image_size: int) -> None:
+def _push_shapes(module: nn.Module, input_spec: InputSpec) -> None:
     """Run two images through `module` with tensors that have shapes but no memory; its own are not touched."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     with torch.no_grad():
-        functional_call(module, shapes, (torch.empty(2, 3, image_size, image_size, device="meta"),))
+        size = input_spec.image_size_px
+        functional_call(module, shapes, (torch.empty(2, input_spec.channels, size, size, device="meta"),))
 
 
 def _require_weights(entry: ModelEntry) -> None:

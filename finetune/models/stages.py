@@ -73,7 +73,8 @@ def find_stages(model: nn.Module) -> tuple[Stage, ...]:
     in_head = [name for name, _ in model.named_parameters() if _is_below(name, heads)]
     grouped = _timm_groups(model, heads, in_head) or _module_groups(model, heads, in_head)
     groups = [*filter(lambda group: group.parameters, grouped), _Group(parameters=in_head, name="head", is_body=False)]
-    groups[0].name = "stem"
+    if len(groups) > 1:  # a linear classifier on pixels is all head
+        groups[0].name = "stem"
     _name_the_rest(groups)
     return _place_modules(model, groups, heads)
 
@@ -207,7 +208,7 @@ def _has_pooling(module: nn.Module) -> bool:
 
 
 def _is_below(name: str, paths: Iterable[str]) -> bool:
-    return any(name == path or name.startswith(f"{path}.") for path in paths)
+    return any(not path or name == path or name.startswith(f"{path}.") for path in paths)  # "" is the root
 
 
 def _common_path(names: Sequence[str]) -> str:

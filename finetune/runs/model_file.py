@@ -17,11 +17,14 @@ from finetune.runs.records import InputSpec, Interpolation, LabelMap
 if TYPE_CHECKING:
     import torch
 
-FORMAT_NUMBER = 1
+FORMAT_NUMBER = 2
+"""Format 2 knows the fixed pixel permutation and the head of nearest neighbours; files of format 1 are read too."""
+
 METADATA_KEY = "finetune"
 MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
 
-HeadKind = Literal["logits", "log_softmax"]
+HeadKind = Literal["logits", "log_softmax", "knn"]
+"""What a network puts out: logits, log-probabilities, or the log of the share of votes of the nearest neighbours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,8 @@ class ModelMetadata:
                 )
             _require_fields(values, cls, "metadata")
             _require_fields(values["label_map"], LabelMap, "label_map")
+            if values["format_number"] == 1 and isinstance(values["input_spec"], dict):
+                values["input_spec"].setdefault("pixel_permutation_seed", None)
             _require_fields(values["input_spec"], InputSpec, "input_spec")
             return cls(**_checked(values))
         except ModelError:
@@ -172,11 +177,13 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
             "image_size_px": type(spec["image_size_px"]) is int,
             "resize_px": type(spec["resize_px"]) is int,
             "interpolation": spec["interpolation"] in get_args(Interpolation),
+            "pixel_permutation_seed": spec["pixel_permutation_seed"] is None
+            or _is_in(spec["pixel_permutation_seed"], range(2**31)),
             "metrics": isinstance(values["metrics"], dict) and _is_list(list(values["metrics"].values()), float, int),
             "calibration": values["calibration"] is None or _is_positive(values["calibration"]),
             "threshold": values["threshold"] is None
             or (_is_positive(values["threshold"]) and values["threshold"] <= 1),
-            "format_number": type(values["format_number"]) is int and values["format_number"] == FORMAT_NUMBER,
+            "format_number": _is_in(values["format_number"], range(1, FORMAT_NUMBER + 1)),
         }.items()
         if not is_right
     ]
@@ -191,6 +198,10 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
 
 def _is_list(value: object, *kinds: type) -> bool:
     return isinstance(value, list) and all(type(item) in kinds for item in value)
+
+
+def _is_in(value: object, numbers: range) -> bool:
+    return type(value) is int and value in numbers
 
 
 def _is_positive(value: object) -> bool:

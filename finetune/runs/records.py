@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from finetune.errors import ConfigError, DataError, ImageFault
@@ -17,6 +17,9 @@ class InputSpec:
     An image is resized so that its short side is `resize_px`, cut to the central `image_size_px` square, scaled to
     0..1 and normalised with `mean` and `std`, one number a channel. It always comes from the weights' own entry in
     their model zoo, or from a model file.
+
+    With a `pixel_permutation_seed` the pixels of the square are then put into another order, the same for all images
+    and channels: an experiment that takes from a convolution what it relies on, and leaves a linear layer all it had.
     """
 
     image_size_px: int
@@ -24,6 +27,7 @@ class InputSpec:
     interpolation: Interpolation
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    pixel_permutation_seed: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.image_size_px <= self.resize_px:
@@ -38,20 +42,21 @@ class InputSpec:
             raise ConfigError(f"mean must be finite and std positive, got {self.mean} and {self.std}")
 
     @property
-    def channels(self) -> int:
+    def channels(self) -> Literal[1, 3]:
         """1 for grey images, 3 for RGB."""
-        return len(self.mean)
+        return 1 if len(self.mean) == 1 else 3
 
     def at_size(self, image_size_px: int) -> "InputSpec":
         """Return the same preprocessing for another image size, the margin around the crop kept in proportion."""
         resize_px = max(image_size_px, round(self.resize_px * image_size_px / self.image_size_px))
-        return InputSpec(
-            image_size_px=image_size_px,
-            resize_px=resize_px,
-            interpolation=self.interpolation,
-            mean=self.mean,
-            std=self.std,
-        )
+        return replace(self, image_size_px=image_size_px, resize_px=resize_px)
+
+    def with_channels(self, channels: int) -> "InputSpec":
+        """Return the same preprocessing for grey (1) or RGB (3) images; a new channel gets the mean of the old ones."""
+        if channels == self.channels:
+            return self
+        mean, std = (sum(values) / len(values) for values in (self.mean, self.std))
+        return replace(self, mean=(mean,) * channels, std=(std,) * channels)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""The networks of the literature, built from their published layer tables."""

@@ -1,6 +1,6 @@
 """An image table as a torch data set whose samples depend on nothing but (seed, epoch, index)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,14 @@ SampleKey = int | tuple[int, int]
 
 Sample = tuple[torch.Tensor, int, str] | ImageError
 """Image (C, H, W) float32, class index, image path; or why the file could not be read."""
+
+Batch = tuple[torch.Tensor, torch.Tensor, Sequence[str]]
+"""Images (B, C, H, W), class indices (B,), image paths."""
+
+
+def sample_seed(seed: int, epoch: int, index: int) -> int:
+    """Return the seed of all that is random about image `index` in `epoch`."""
+    return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def to_tensor(image_HWC: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]") -> torch.Tensor:
@@ -57,7 +65,8 @@ class ImageDataset(Dataset[Sample]):
             image_CHW = to_tensor(decode_image(self.table.path(row)))
         except ImageError as error:
             return error
-        sample_seed = int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)[0] >> 1)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(sample_seed)  # not torch.manual_seed: that reseeds GPUs too
+            torch.default_generator.manual_seed(
+                sample_seed(self.seed, epoch, index)
+            )  # not torch.manual_seed: that reseeds GPUs too
             return self.transform(image_CHW), self.class_indices[index], row.image_path

@@ -3,20 +3,20 @@
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler, Subset, default_collate
 
-from finetune.data.dataset import ImageDataset, Sample
+from finetune.data.dataset import Batch, ImageDataset, Sample
+from finetune.data.pixels import HeldDataset, HeldPixels
 from finetune.data.table import SPLITS, ImageTable
-from finetune.data.transforms import evaluation_transform
+from finetune.data.transforms import Augmentation, training_transform
 from finetune.errors import ImageError
 from finetune.runs.records import InputSpec, LabelMap
 
-Batch = tuple[torch.Tensor, torch.Tensor, Sequence[str]]
-"""Images (B, C, H, W), class indices (B,), image paths."""
+LabelledDataset = ImageDataset | HeldDataset
 
 WORTH_MEASURING = 1_000  # images; below, starting workers and timing them costs more than they save
 MEASURED_BATCHES = 4
@@ -57,27 +57,52 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
             yield [(epoch, index) for index in batch.tolist()]
 
 
+def labelled_dataset(
+    table: ImageTable,
+    label_map: LabelMap,
+    input_spec: InputSpec,
+    *,
+    augmentation: Augmentation = "none",
+    seed: int = 0,
+    pixels: HeldPixels | None = None,
+) -> LabelledDataset:
+    """Return the images of `table` as a data set: out of `pixels` where they are held, else from their files."""
+    if pixels is None:
+        transform = training_transform(input_spec, augmentation)
+        return ImageDataset(table, label_map, transform=transform, seed=seed)
+    return HeldDataset(table, label_map, pixels=pixels, spec=input_spec, augmentation=augmentation, seed=seed)
+
+
 def training_loader(
-    dataset: ImageDataset, *, batch_size: int, seed: int, workers: int = 0, weights: torch.Tensor | None = None
+    dataset: LabelledDataset, *, batch_size: int, seed: int, workers: int = 0, weights: torch.Tensor | None = None
 ) -> DataLoader[Any]:
     """Return shuffled batches whose order depends on (seed, epoch) only; `weights` (N,) draws with replacement."""
     sampler = EpochSampler(len(dataset), batch_size, seed=seed, weights=weights)
     return _loader(dataset, workers, batch_sampler=sampler)
 
 
-def evaluation_loader(dataset: ImageDataset | Subset[Sample], *, batch_size: int, workers: int = 0) -> DataLoader[Any]:
+def evaluation_loader(
+    dataset: LabelledDataset | Subset[Sample], *, batch_size: int, workers: int = 0
+) -> DataLoader[Any]:
     """Return every image once, in the order of the table."""
     return _loader(dataset, workers, batch_size=batch_size)
 
 
 def split_loaders(
-    table: ImageTable, label_map: LabelMap, input_spec: InputSpec, *, batch_size: int, workers: int = 0
+    table: ImageTable,
+    label_map: LabelMap,
+    input_spec: InputSpec,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    pixels: HeldPixels | None = None,
 ) -> dict[str, DataLoader[Any]]:
     """Return a loader for each split of `table` that has images, with the transform of evaluation."""
-    transform = evaluation_transform(input_spec)
     return {
         split: evaluation_loader(
-            ImageDataset(table.select(split), label_map, transform=transform), batch_size=batch_size, workers=workers
+            labelled_dataset(table.select(split), label_map, input_spec, pixels=pixels),
+            batch_size=batch_size,
+            workers=workers,
         )
         for split in SPLITS
         if len(table.select(split))
@@ -95,13 +120,14 @@ def readable(batches: Iterable[Batch | ImageError]) -> Iterator[Batch]:
         yield batch
 
 
-def fastest_workers(dataset: ImageDataset, *, batch_size: int, consume: Callable[[torch.Tensor], object]) -> int:
+def fastest_workers(dataset: LabelledDataset, *, batch_size: int, consume: Callable[[torch.Tensor], object]) -> int:
     """Measure how many loader processes feed `consume`, the work done on each batch, at the highest rate.
 
-    Small data sets are not measured: 0. Start-up is left out, for workers live as long as the training.
+    Small data sets are not measured, nor those held in memory: 0. Start-up is left out, for workers live as long as
+    the training.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if len(dataset) < WORTH_MEASURING or cores < 2:
+    if len(dataset) < WORTH_MEASURING or cores < 2 or isinstance(dataset, HeldDataset):
         return 0
     part = Subset(dataset, range(min(len(dataset), (MEASURED_BATCHES + 1) * batch_size)))
     seconds = {
@@ -133,7 +159,9 @@ def _loader(dataset: Any, workers: int, **options: Any) -> DataLoader[Any]:
     )
 
 
-def _collate(samples: list[Sample]) -> Batch | ImageError:
+def _collate(samples: list[Sample] | Batch) -> Batch | ImageError:
+    if isinstance(samples, tuple):  # a batch out of memory is collated already
+        return samples
     for sample in samples:
         if isinstance(sample, ImageError):
             return sample

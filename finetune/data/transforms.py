@@ -1,16 +1,22 @@
 """From decoded pixels to what a network expects, and back; every number comes from an InputSpec."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
+from finetune.data.augment import BatchChange, CropAndFlip, Lighting, OneByOne, ShufflePixels, SmallAffine
 from finetune.runs.records import InputSpec
 
 # Shapes: B batch, C channels, H height, W width.
 
-Augmentation = Literal["none", "light", "flowers", "trivial"]
+Augmentation = Literal["none", "light", "flowers", "trivial", "affine", "crop-flip", "alexnet"]
+
+BATCH_CHANGES: dict[str, BatchChange | None] = {"none": None, "affine": SmallAffine(), "crop-flip": CropAndFlip()}
+"""The augmentations that change what `still_transform` gives, so that a whole batch can be changed at once."""
 
 SMALLEST_CROP = 0.35  # share of the picture that a random crop keeps at least; smaller ones often miss the object
 
@@ -20,16 +26,56 @@ def evaluation_transform(spec: InputSpec) -> v2.Compose:
 
     It takes a uint8 tensor (3, H, W) of any size and returns a float32 tensor (C, size, size).
     """
-    return v2.Compose([*_channels(spec), _resize(spec), v2.CenterCrop(spec.image_size_px), *_normalize(spec)])
+    return v2.Compose([*_still(spec), *_finish(spec)])
+
+
+def whole_picture_transform(spec: InputSpec) -> v2.Compose:
+    """Build the transform of dense evaluation, which is that of evaluation without the crop: nothing is cut off.
+
+    It takes a uint8 tensor (3, H, W) of any size and returns a float32 tensor (C, H', W') whose short side is the
+    `resize_px` of `spec`.
+    """
+    return v2.Compose([*_channels(spec), _resize(spec), *_finish(spec)])
+
+
+def still_transform(spec: InputSpec) -> v2.Compose:
+    """Build the part of the preprocessing that is the same in every epoch: uint8 (3, H, W) → uint8 (C, size, size)."""
+    return v2.Compose(_still(spec))
+
+
+def batch_transform(
+    spec: InputSpec, augmentation: Augmentation
+) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
+    """Build what comes after `still_transform`, for a batch at once, for the augmentations in `BATCH_CHANGES`.
+
+    It takes uint8 (B, C, size, size) and random numbers (B, P), or None where nothing is random, and returns float32.
+    """
+    change = BATCH_CHANGES[augmentation]
+    to_unit, *finish = _finish(spec)
+
+    def transform(images_BCHW: torch.Tensor, draws_BP: torch.Tensor | None) -> torch.Tensor:
+        unit_BCHW = to_unit(images_BCHW)
+        changed_BCHW = unit_BCHW if change is None or draws_BP is None else change(unit_BCHW, draws_BP)
+        return torch.as_tensor(v2.Compose(finish)(changed_BCHW))
+
+    return transform
 
 
 def training_transform(spec: InputSpec, augmentation: Augmentation) -> v2.Compose:
     """Build the transform of training: random changes, then the same normalisation as in evaluation.
 
-    `none` is the evaluation transform. `light` takes a random crop and flips it. `flowers` rotates by up to 45°, flips
-    both ways and changes colours. `trivial` is `light` with TrivialAugment (Müller 2021, arXiv 2103.10158).
+    - `none` is the evaluation transform.
+    - `light` takes a random crop and flips it.
+    - `trivial` is `light` with TrivialAugment (Müller 2021, arXiv 2103.10158).
+    - `flowers` rotates by up to 45°, flips both ways and changes colours.
+    - `affine` rotates, shears, scales and shifts a little: for digits, letters and whatever must not be mirrored.
+    - `crop-flip` shifts and flips small pictures; `alexnet` does so with large ones and changes the light.
     """
     interpolation = InterpolationMode(spec.interpolation)
+    to_unit, *finish = _finish(spec)
+    if augmentation in BATCH_CHANGES:
+        change = BATCH_CHANGES[augmentation]
+        return v2.Compose([*_still(spec), to_unit, *([OneByOne(change)] if change else []), *finish])
     crop = [
         v2.RandomResizedCrop(spec.image_size_px, (SMALLEST_CROP, 1.0), interpolation=interpolation, antialias=True),
         v2.RandomHorizontalFlip(),
@@ -45,13 +91,14 @@ def training_transform(spec: InputSpec, augmentation: Augmentation) -> v2.Compos
         v2.ColorJitter(brightness=0.2, contrast=0.1, saturation=0.1, hue=0.1),
         v2.RandomGrayscale(0.025),
     ]
-    steps: dict[Augmentation, list[v2.Transform]] = {
-        "none": [_resize(spec), v2.CenterCrop(spec.image_size_px)],
+    steps: dict[str, list[nn.Module]] = {
         "light": crop,
         "flowers": flowers,
         "trivial": [*crop, v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR)],
+        "alexnet": [_resize(spec), v2.RandomCrop(spec.image_size_px), v2.RandomHorizontalFlip()],
     }
-    return v2.Compose([*_channels(spec), *steps[augmentation], *_normalize(spec)])
+    lighting = [Lighting()] if augmentation == "alexnet" else []
+    return v2.Compose([*_channels(spec), *steps[augmentation], to_unit, *lighting, *finish])
 
 
 def unnormalize(images_BCHW: torch.Tensor, spec: InputSpec) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -73,5 +120,12 @@ def _resize(spec: InputSpec) -> v2.Transform:
     return v2.Resize(spec.resize_px, InterpolationMode(spec.interpolation), antialias=True)
 
 
-def _normalize(spec: InputSpec) -> list[v2.Transform]:
-    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(spec.mean), list(spec.std))]
+def _still(spec: InputSpec) -> list[nn.Module]:
+    return [*_channels(spec), _resize(spec), v2.CenterCrop(spec.image_size_px)]
+
+
+def _finish(spec: InputSpec) -> list[nn.Module]:
+    """Return the steps from uint8 pictures (…, C, size, size) to what the network sees, the scaling to 0..1 first."""
+    seed = spec.pixel_permutation_seed
+    shuffle = [] if seed is None else [ShufflePixels(seed)]
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(spec.mean), list(spec.std)), *shuffle]

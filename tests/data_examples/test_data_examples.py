@@ -127,11 +127,36 @@ def test_stamps_name_the_missing_package(stamps: ModuleType, tmp_path: Path) -> 
         stamps.build_stamps(tmp_path / "new", tmp_path / "absent")
 
 
-def test_digits_are_every_scan_enlarged_without_new_greys(tmp_path: Path) -> None:
-    assert load_script("digits").build_digits(tmp_path) == 1797
-    assert sorted(path.name for path in tmp_path.iterdir()) == [str(digit) for digit in range(10)]
-    assert len(list(tmp_path.rglob("*.png"))) == 1797
-    first = pixels(tmp_path / "0" / "0000.png")
-    assert first.shape == (32, 32)
-    assert (first == np.kron(first[::4, ::4], np.ones((4, 4), np.uint8))).all()
-    assert first.max() == round(15 * 255 / 16)  # this digit's darkest block holds 15 of 16 ink pixels
+class TestMnist10k:
+    @pytest.fixture
+    def package(self, tmp_path: Path) -> Path:
+        """A folder as npm unpacks it: five scans a digit, each of one grey, written with three decimals."""
+        folder = tmp_path / "package" / "src" / "digits"
+        folder.mkdir(parents=True)
+        for digit in range(10):
+            greys = [round((25 * digit + number) / 255, 3) for number in range(5)]
+            (folder / f"{digit}.json").write_text(json.dumps({"data": [grey for grey in greys for _ in range(784)]}))
+        return tmp_path / "package"
+
+    def test_every_digit_is_in_one_split_with_its_exact_greys(self, package: Path, tmp_path: Path) -> None:
+        assert load_script("mnist10k").build_mnist10k(package, tmp_path / "new") == 50
+        for digit in range(10):
+            files = {split: list((tmp_path / "new" / split / str(digit)).iterdir()) for split in ("train", "valid")}
+            assert {split: len(found) for split, found in files.items()} == {"train": 4, "valid": 1}
+            scans = [pixels(path) for found in files.values() for path in found]
+            assert {scan.shape for scan in scans} == {(28, 28)}
+            assert sorted(int(scan.max()) for scan in scans) == [25 * digit + number for number in range(5)]
+            assert all(scan.min() == scan.max() for scan in scans)
+
+    def test_the_split_is_always_the_same(self, package: Path, tmp_path: Path) -> None:
+        for name in ("one", "two"):
+            load_script("mnist10k").build_mnist10k(package, tmp_path / name)
+        names = [
+            sorted(path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*"))
+            for name in ("one", "two")
+        ]
+        assert names[0] == names[1]
+
+    def test_refuses_a_folder_that_is_not_empty(self, package: Path) -> None:
+        with pytest.raises(FileExistsError, match="not empty"):
+            load_script("mnist10k").build_mnist10k(package, package)

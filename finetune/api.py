@@ -8,21 +8,27 @@ from pathlib import Path
 
 from finetune.advice.choose import Advice, choose
 from finetune.advice.measure import measure
-from finetune.config import TrainConfig, from_yaml, with_options
+from finetune.config import TrainConfig, from_yaml, starting_point, with_options
 from finetune.data.check import Diagnosis, require_trainable
 from finetune.data.listing import list_images
 from finetune.data.loaders import split_loaders
+from finetune.data.named import WrittenData, write_named
 from finetune.data.read import read_images
 from finetune.data.scan import require_few_bad
 from finetune.data.split import split_table
 from finetune.errors import ConfigError
 from finetune.evaluation.scores import Scores
 from finetune.models import catalog
+from finetune.models.anatomy import Anatomy, inspect_network
 from finetune.models.device import resolve_device
-from finetune.models.initialize import build_backbone
+from finetune.models.freezing import freeze_stages
+from finetune.models.initialize import build_as_published, build_backbone
+from finetune.models.stages import find_stages
 from finetune.prediction.batch import find_inputs, predict_many
 from finetune.prediction.classifier import Classifier, load_classifier
+from finetune.prediction.dense import Explanation, explain_image, over_whole_pictures
 from finetune.prediction.evaluate import Evaluation, SplitChoice, choose_split, evaluate_table
+from finetune.report.class_map import draw_class_map, require_new_picture
 from finetune.report.plots import write_plots
 from finetune.runs.folder import RunFolder, next_free_folder, open_run
 from finetune.runs.records import FailedPrediction, Prediction
@@ -70,8 +76,8 @@ def train(
     if data is not None:
         options["data"] = data
     if config is None and options.get("resume") and options.get("output"):
-        config = from_yaml(RunFolder(Path(str(options["output"]))).config, base=TrainConfig())
-    config = with_options(config or TrainConfig(), options)
+        config = from_yaml(RunFolder(Path(str(options["output"]))).config)
+    config = with_options(config or starting_point(options.get("model")), options)
     if not config.data:
         raise ConfigError("no DATA to train on", "name a folder or CSV of labelled images")
     listing = list_images(Path(config.data))  # before anything is made or emptied for it
@@ -97,16 +103,27 @@ def load(path: Pathlike, *, device: str = "auto") -> Classifier:
 
 
 def predict(
-    run: Pathlike, inputs: Sequence[str], *, top_k: int = 5, batch_size: int = 32, device: str = "auto"
+    run: Pathlike,
+    inputs: Sequence[str],
+    *,
+    top_k: int = 5,
+    dense: bool = False,
+    batch_size: int = 32,
+    device: str = "auto",
 ) -> Iterator[Prediction | FailedPrediction]:
     """Predict files, folders and patterns one after the other; an unreadable image yields its reason.
 
+    With `dense` the network slides over the whole of each picture, one picture at a time, and its scores are averaged.
+
     Raises:
-        RunError, ModelError: The model cannot be loaded.
+        RunError, ModelError: The model cannot be loaded, or its network cannot slide.
         PredictionInputError: A folder holds no image, or a pattern matches nothing.
     """
     paths = find_inputs(inputs)
-    return predict_many(load_classifier(run, device=device), paths, batch_size=batch_size, top_k=top_k)
+    classifier = load_classifier(run, device=device)
+    if dense:
+        classifier, batch_size = over_whole_pictures(classifier), 1
+    return predict_many(classifier, paths, batch_size=batch_size, top_k=top_k)
 
 
 def evaluate(
@@ -174,12 +191,86 @@ def advise(
     backbone = build_backbone(model, num_classes=len(images.label_map), weights=weights)
     backbone.module.to(place)
     loaders = split_loaders(table, images.label_map, backbone.input_spec, batch_size=32)
-    study = study_images(
-        backbone, loaders, class_count=len(images.label_map), seed=seed, device=place, reporter=reporter
-    )
-    return choose(measure(study.train, study.probe, is_pretrained=True))
+    study = study_images(backbone, loaders, seed=seed, device=place, reporter=reporter)
+    return choose(measure(study.train, study.probe, is_pretrained=backbone.is_pretrained))
 
 
 def list_models(pattern: str = "*") -> Iterator[catalog.ModelDescription]:
     """Describe the networks whose names match `pattern`, one after the other."""
     return (catalog.describe(entry) for entry in catalog.list_models(pattern))
+
+
+def write_data(
+    name: str, output: Pathlike, *, source: Path | None = None, reporter: Reporter | None = None
+) -> WrittenData:
+    """Write a well-known data set, "mnist" or "flowers102" for two, as the image folder `output`.
+
+    Raises:
+        ConfigError: The name is unknown, or `output` holds other files.
+        DataError: The set cannot be downloaded, or `source`, a local copy of mnist, is damaged.
+        StorageError: The disk is full or refuses.
+    """
+    return write_named(name, Path(output), source=source, reporter=reporter or LoggingReporter())
+
+
+def explain(
+    run: Pathlike,
+    image: Pathlike,
+    *,
+    output: Pathlike | None = None,
+    class_name: str | None = None,
+    dense: bool = False,
+    device: str = "auto",
+) -> Explanation:
+    """Map where on `image` the model of `run` sees a class, and draw it as the PNG file `output` if one is named.
+
+    Args:
+        run: A run folder or a model.safetensors.
+        image: An image file.
+        output: The PNG file to draw into.
+        class_name: Folder name or display name of the class; by default the predicted one.
+        dense: Look at the whole picture instead of the crop that `predict` sees.
+        device: "auto", "cpu", "cuda" or "mps".
+
+    Raises:
+        RunError, ModelError: The model cannot be loaded, or its network gives no map.
+        ConfigError: No class has this name, or `output` is no PNG file or the image itself.
+        PredictionInputError: The image cannot be read.
+        StorageError: The disk is full or refuses.
+    """
+    if output is not None:
+        require_new_picture(Path(output), Path(image))
+    found = explain_image(load_classifier(run, device=device), image, class_name=class_name, dense=dense)
+    if output is None:
+        return found
+    draw_class_map(
+        found.picture_HWC,
+        found.map_HW,
+        Path(output),
+        stride_px=found.stride_px,
+        display_name=found.display_name,
+        probability=found.probability,
+    )
+    return replace(found, output=Path(output))
+
+
+def inspect(model: Pathlike, *, image_size: int | None = None) -> Anatomy:
+    """Describe every layer of a network: output shape, parameters, multiply-adds, receptive field, frozen or learning.
+
+    Args:
+        model: A name of the catalog, which gives the network with its zoo's own head; or a run folder or
+            model.safetensors, if there is one of this name, which gives the trained network.
+        image_size: Side of the square image in pixels, by default the network's own.
+
+    Raises:
+        RunError, ModelError: There is no such network, it is damaged, or it cannot take such images.
+    """
+    if os.path.exists(model):  # noqa: PTH110 (Path.exists raises for names that are too long)
+        classifier = load_classifier(model, device="cpu")
+        module, spec = classifier.model, classifier.metadata.input_spec
+        freeze_stages(module, find_stages(module), len(classifier.metadata.frozen_stages))
+        side_px = image_size or spec.image_size_px
+    else:
+        module, spec = build_as_published(str(model), image_size=image_size)
+        side_px = spec.image_size_px
+    return inspect_network(module, (spec.channels, side_px, side_px))

@@ -101,6 +101,7 @@ def _reason(evidence: Evidence, scenario: Scenario) -> str:
         "large-similar": "so all layers learn, from the pretrained start",
         "large-different": "so all layers learn from a fresh start",
     }
+    assert reached is not None  # a pretrained network has been asked
     return (
         f"{what} on the frozen features reaches {reached:.1%} where always naming the largest class would reach "
         f"{evidence.majority_accuracy:.1%}, so the images are {likeness} what the network has learned; there are "

@@ -1,6 +1,7 @@
 """The evidence for a scenario: how much data there is, and how far the frozen features already carry."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -14,8 +15,9 @@ class Evidence:
     """Numbers from one pass over the training images; accuracies in 0..1.
 
     `majority_accuracy` is what always naming the largest class would score, `knn_accuracy` the leave-one-out score of
-    the nearest neighbours, `probe_accuracy` the cross-validated score of the linear probe (None where no class has two
-    images) and `probe_spread` its standard deviation over the folds.
+    the nearest neighbours (None where a network with random weights was not asked), `probe_accuracy` the
+    cross-validated score of the linear probe (None also where no class has two images, or no probe was solved) and
+    `probe_spread` its standard deviation over the folds.
     """
 
     images: int
@@ -23,7 +25,7 @@ class Evidence:
     images_per_class: float
     smallest_class: int
     majority_accuracy: float
-    knn_accuracy: float
+    knn_accuracy: float | None
     probe_accuracy: float | None
     probe_spread: float | None
     is_pretrained: bool
@@ -32,28 +34,41 @@ class Evidence:
     def similarity(self) -> float:
         """How much of the way from the majority baseline to perfection the frozen features go; in 0..1."""
         reached = self.knn_accuracy if self.probe_accuracy is None else self.probe_accuracy
+        if reached is None:
+            return 0.0
         if self.majority_accuracy >= 1:
             return 1.0
         return max(0.0, (reached - self.majority_accuracy) / (1 - self.majority_accuracy))
 
 
-def measure(train: Features, probe: Probe, *, is_pretrained: bool) -> Evidence:
+def measure(train: Features, probe: Probe | None, *, is_pretrained: bool) -> Evidence:
     """Gather the evidence from the features of the training images and the probe solved on them.
 
     Args:
         train: Features of the training images.
-        probe: The linear probe solved on `train`.
+        probe: The linear probe solved on `train`, if there is one.
         is_pretrained: Whether the network that made the features had learned anything before.
     """
-    counts = np.unique(train.class_indices_N, return_counts=True)[1]
+    return replace(
+        count_images(train.class_indices_N),
+        knn_accuracy=leave_one_out_accuracy(train),
+        probe_accuracy=probe.accuracy if probe else None,
+        probe_spread=probe.spread if probe else None,
+        is_pretrained=is_pretrained,
+    )
+
+
+def count_images(class_indices_N: np.ndarray[Any, Any]) -> Evidence:
+    """Gather what can be said without a pretrained network: how many images there are, of how many classes."""
+    counts = np.unique(class_indices_N, return_counts=True)[1]
     return Evidence(
-        images=len(train),
+        images=len(class_indices_N),
         classes=len(counts),
-        images_per_class=len(train) / len(counts),
+        images_per_class=len(class_indices_N) / len(counts),
         smallest_class=int(counts.min()),
         majority_accuracy=float(counts.max() / counts.sum()),
-        knn_accuracy=leave_one_out_accuracy(train),
-        probe_accuracy=probe.accuracy,
-        probe_spread=probe.spread,
-        is_pretrained=is_pretrained,
+        knn_accuracy=None,
+        probe_accuracy=None,
+        probe_spread=None,
+        is_pretrained=False,
     )

@@ -8,7 +8,7 @@ import tyro
 
 from finetune.cli.console import ConsoleReporter
 from finetune.cli.parsing import parse
-from finetune.config import TrainConfig, from_yaml, preset, to_yaml
+from finetune.config import PresetName, TrainConfig, from_yaml, preset, to_yaml
 from finetune.errors import ConfigError
 from finetune.runs.folder import write_whole
 
@@ -21,7 +21,7 @@ class ConfigOptions:
     """show prints to standard output, validate reads FILE and says whether it can be used, write creates FILE."""
     file: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="FILE")]] = None
     """YAML file; show prints its options over the defaults."""
-    preset: Literal["default", "tutorial"] = "default"
+    preset: PresetName = "default"
     """Named set of options to start from."""
     overwrite: bool = False
     """Let write replace a file that is there already."""

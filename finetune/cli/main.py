@@ -9,8 +9,11 @@ COMMANDS = {
     "train": "train a classifier on a folder of labelled images",
     "predict": "name what is on images",
     "evaluate": "score a trained model on labelled images",
+    "explain": "draw where on a picture a model sees its class",
     "advise": "measure what to freeze, without training",
     "check": "examine a folder of labelled images before training on it",
+    "inspect": "what is inside a network: shapes, parameters, receptive fields",
+    "data": "write a well-known data set as an image folder",
     "models": "list networks, their sizes and where their weights come from",
     "config": "show, validate or write the options of a training",
 }

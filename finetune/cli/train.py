@@ -3,11 +3,10 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from finetune.cli.console import ConsoleReporter, print_table
 from finetune.cli.parsing import parse
-from finetune.config import OPTION_NAMES, OptionalFile, TrainConfig, from_yaml, preset
+from finetune.config import OPTION_NAMES, OptionalFile, PresetName, TrainConfig, from_yaml, preset, starting_point
 from finetune.errors import ConfigError
 from finetune.runs.folder import RunFolder
 
@@ -16,8 +15,8 @@ from finetune.runs.folder import RunFolder
 class TrainOptions(TrainConfig):
     """Train a classifier on labelled images. Whatever is "auto" is resolved from the data and the machine, once."""
 
-    preset: Literal["default", "tutorial"] | None = None
-    """Named set of options to start from."""
+    preset: PresetName | None = None
+    """Named set of options to start from; by default the one that bears the name of the model, if there is one."""
     config: OptionalFile = None
     """YAML file of options to start from, such as the config.yaml of another run; the flags given change it."""
 
@@ -56,14 +55,18 @@ def run(words: list[str], reporter: ConsoleReporter) -> int:
 def starting_config(words: list[str]) -> TrainConfig:
     """Return the config that the flags in `words` change: class < preset < YAML < flag.
 
+    Where no preset is named, the model's name may bring one along.
+
     With --resume it is the config that the run was started with.
     """
     parser = argparse.ArgumentParser("finetune train", add_help=False, allow_abbrev=False)
-    for option in ("--preset", "--config", "--output"):
+    for option in ("--preset", "--config", "--output", "--model"):
         parser.add_argument(option)
     parser.add_argument("--resume", action="store_true")
     chosen, _ = parser.parse_known_args(words)
-    base = preset(chosen.preset) if chosen.preset else TrainConfig()
+    base = preset(chosen.preset) if chosen.preset else None
+    if base is None and chosen.model:
+        base = starting_point(chosen.model)
     if chosen.resume and chosen.output and RunFolder(Path(chosen.output)).config.exists():
         return from_yaml(RunFolder(Path(chosen.output)).config, base=base)
-    return from_yaml(Path(chosen.config), base=base) if chosen.config else base
+    return from_yaml(Path(chosen.config), base=base) if chosen.config else base or TrainConfig()

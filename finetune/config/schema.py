@@ -44,10 +44,16 @@ class TrainConfig:
     """Start from the model zoo's weights."""
     weights: OptionalFile = None
     """Start from this weight file instead: safetensors, or a PyTorch state dict."""
-    head: Literal["logits", "log_softmax"] = "logits"
-    """Output of the new head: logits are trained with cross-entropy, log_softmax with the negative log-likelihood."""
+    head: Literal["logits", "log_softmax", "knn"] = "logits"
+    """Output of the new head: logits, or log_softmax, trained with the negative log-likelihood. knn is no layer: the
+    training images whose features are nearest vote, and nothing is trained."""
     image_size: int | Auto = "auto"
     """Side of the square that the network sees, in pixels; auto takes the size the weights were trained at."""
+    channels: Literal[1, 3] | Auto = "auto"
+    """What the network sees of an image: 1 grey, 3 colour. Only the classic networks have the choice; auto takes the
+    network's own, see `finetune inspect`."""
+    shuffle_pixels: bool = False
+    """Put the pixels of every image into one fixed random order: shows how much a network lives on neighbourhood."""
 
     scenario: Literal["auto", "small-similar", "large-similar", "small-different", "large-different"] = "auto"
     """What learns: the head only (small-similar), the head and the upper body (small-different), all from the
@@ -57,16 +63,19 @@ class TrainConfig:
     head_start: Literal["probe", "random"] = "probe"
     """Start from the head solved on the frozen features (Kumar 2022, arXiv 2202.10054), or from a random one."""
 
-    augmentation: Literal["none", "light", "flowers", "trivial"] = "light"
+    augmentation: Literal["none", "light", "flowers", "trivial", "affine", "crop-flip", "alexnet"] = "light"
     """Random changes of the training images: light crops and flips; flowers also rotates and changes colours; trivial
-    is light with TrivialAugment (Müller 2021, arXiv 2103.10158)."""
+    is light with TrivialAugment (Müller 2021, arXiv 2103.10158); affine turns and shifts a little and never mirrors;
+    crop-flip is for tiny images; alexnet crops, flips and changes the light (Krizhevsky 2012)."""
     epochs: int | Auto = "auto"
     """Passes over the training images; auto is 0 where the solved head is all that learns."""
     batch_size: int = 32
     """Images a step; 32 keeps BatchNorm's statistics usable and the memory of a laptop free."""
     optimizer: Literal["auto", "adamw", "adam", "sgd"] = "auto"
-    """auto: sgd (momentum 0.9) for pretrained networks with BatchNorm, as most published fine-tuning of CNNs has it;
+    """auto: sgd for pretrained networks with BatchNorm, as most published fine-tuning of CNNs has it;
     adamw for the others and for a fresh start."""
+    momentum: float = 0.9
+    """Momentum of sgd; 0 to below 1."""
     learning_rate: float | Auto = "auto"
     """Rate of the head, above 0. auto: 1e-3 for a random head (sgd 1e-2); a solved head learns at the trunk's rate."""
     trunk_learning_rate: float | Auto = "auto"
@@ -89,6 +98,8 @@ class TrainConfig:
     """Clip the norm of the gradient at this value; 0 does not clip."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes; 0 to below 1, with head logits only."""
+    loss: Literal["cross-entropy", "hinge"] = "cross-entropy"
+    """What is minimised: cross-entropy, or the multi-class hinge loss (Weston 1999), whose head is always trained."""
     imbalance: Literal["none", "class-weights", "balanced-sampling"] = "none"
     """Weigh the loss by class, or draw every class equally often, where some classes have many more images."""
 
@@ -114,6 +125,7 @@ class TrainConfig:
             f"--image-size must be 1 or more, got {self.image_size}": self.image_size != "auto" and self.image_size < 1,
             f"--epochs must be 0 or more, got {self.epochs}": self.epochs != "auto" and self.epochs < 0,
             f"--batch-size must be 1 or more, got {self.batch_size}": self.batch_size < 1,
+            f"--momentum must be 0 to below 1, got {self.momentum}": not 0 <= self.momentum < 1,
             f"--learning-rate must be above 0, got {self.learning_rate}": not _is_auto_or_positive(self.learning_rate),
             f"--trunk-learning-rate must be above 0, got {self.trunk_learning_rate}": not _is_auto_or_positive(
                 self.trunk_learning_rate
@@ -128,7 +140,14 @@ class TrainConfig:
             f"--label-smoothing must be 0 to below 1, got {self.label_smoothing}": not 0 <= self.label_smoothing < 1,
             f"--workers must be 0 or more, got {self.workers}": self.workers != "auto" and self.workers < 0,
             "--resume and --overwrite exclude each other": self.resume and self.overwrite,
-            "--label-smoothing needs --head logits": self.label_smoothing > 0 and self.head == "log_softmax",
+            "--label-smoothing needs --head logits and --loss cross-entropy": self.label_smoothing > 0
+            and (self.head != "logits" or self.loss == "hinge"),
+            "--loss hinge needs --head logits": self.loss == "hinge" and self.head != "logits",
+            f"--head knn learns nothing, so --epochs {self.epochs} cannot be had": self.head == "knn"
+            and self.epochs not in ("auto", 0),
+            f"--head knn freezes all, --scenario {self.scenario} does not": self.head == "knn"
+            and self.scenario not in ("auto", "small-similar"),
+            "--model knn needs --head knn": self.model == "knn" and self.head != "knn",
             f"--feature-extract freezes all but the head, --scenario {self.scenario} does not": self.feature_extract
             and self.scenario not in ("auto", "small-similar"),
             "--scenario large-different starts fresh and takes no --weights": self.scenario == "large-different"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from finetune.config.presets import starting_point
 from finetune.config.schema import OPTION_NAMES, TrainConfig, with_options
 from finetune.errors import ConfigError
 
@@ -39,8 +40,10 @@ def to_yaml(config: TrainConfig) -> str:
     return "\n".join(lines)
 
 
-def from_yaml(path: Path, *, base: TrainConfig) -> TrainConfig:
+def from_yaml(path: Path, *, base: TrainConfig | None = None) -> TrainConfig:
     """Read the YAML file at `path` onto `base`: options it does not name keep their value.
+
+    Without a `base` it is the starting point of the network that the file names.
 
     Raises:
         ConfigError: The file is absent, is no YAML mapping, names an unknown option, or a value has the wrong type.
@@ -51,12 +54,13 @@ def from_yaml(path: Path, *, base: TrainConfig) -> TrainConfig:
         raise ConfigError(f"config {path} cannot be read: {error}", "check --config") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if values is None:
-        return base
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"config {path} must map option names to values, got {type(values).__name__}")
     try:
-        return with_options(base, {str(name): value for name, value in values.items()})
+        return with_options(
+            base or starting_point(values.get("model")), {str(name): value for name, value in values.items()}
+        )
     except ConfigError as error:
         raise ConfigError(f"config {path}: {error.message}", error.hint) from error
 

@@ -9,27 +9,26 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-from finetune.advice.choose import choose
-from finetune.advice.measure import measure
 from finetune.config.schema import OPTION_NAMES, TrainConfig
 from finetune.config.yaml_io import to_yaml
 from finetune.data.check import require_trainable
-from finetune.data.dataset import ImageDataset
-from finetune.data.loaders import fastest_workers, split_loaders, training_loader
+from finetune.data.loaders import fastest_workers, labelled_dataset, split_loaders, training_loader
+from finetune.data.pixels import HeldPixels, can_hold, hold_pixels
 from finetune.data.read import read_images
 from finetune.data.scan import write_bad_files
 from finetune.data.split import apply_split, split_table, write_split_csv
 from finetune.data.table import ImageTable
-from finetune.data.transforms import training_transform
 from finetune.errors import RunError
 from finetune.evaluation.infer import probabilities_of
 from finetune.models.device import resolve_device
-from finetune.models.freezing import freeze_stages, frozen_count, hold_batch_norm
-from finetune.models.heads import can_load_linear_head, head_module, load_linear_head
+from finetune.models.freezing import freeze_stages, hold_batch_norm
 from finetune.models.initialize import Backbone, build_backbone
+from finetune.models.neighbours import (
+    attach_saved_neighbours,
+    require_vectors,
+)
 from finetune.models.param_groups import parameter_groups
 from finetune.models.stages import stage_parameters
 from finetune.runs import strict_json
@@ -40,10 +39,10 @@ from finetune.runs.reporting import Reporter
 from finetune.training.checkpoint import SavedState, read_state, restore_state
 from finetune.training.loop import Learner
 from finetune.training.objectives import balanced_class_weights, build_criterion
-from finetune.training.plan import Plan, make_plan
+from finetune.training.plan import Plan
 from finetune.training.progress import Progress
 from finetune.training.schedules import build_schedule
-from finetune.training.study import Baselines, study_images
+from finetune.training.start import start_network
 
 FREE_TO_CHANGE = frozenset({"data", "output", "overwrite", "resume", "epochs", "workers", "device"})
 """Options that a resume may be given anew."""
@@ -85,24 +84,33 @@ def assemble(config: TrainConfig, run: RunFolder, reporter: Reporter) -> Job:
     saved = read_state(run, reporter) if config.resume else None
     table, label_map = _images(config, run, reporter)
     backbone = _network(config, len(label_map), accelerator, use_pretrained=config.use_pretrained and saved is None)
-    loaders = split_loaders(table, label_map, backbone.input_spec, batch_size=config.batch_size)
+    pixels = None
+    if can_hold(table, backbone.input_spec, config.augmentation):
+        pixels = hold_pixels(table, backbone.input_spec)
+    loaders = split_loaders(table, label_map, backbone.input_spec, batch_size=config.batch_size, pixels=pixels)
     if saved:
         values = saved.values["identity"]["plan"]
         plan = Plan(**values | {"frozen_stages": tuple(values["frozen_stages"])})
         plan = replace(plan, epochs=plan.epochs if config.epochs == "auto" else config.epochs)
         backbone = replace(backbone, weights=saved.values["identity"]["pretrained_weights"])
+        if plan.head_start == "neighbours":
+            attach_saved_neighbours(
+                backbone.module, saved.model, class_count=len(label_map), source=str(run.checkpoints)
+            )
     else:
-        plan = _start(config, run, backbone, loaders, device=accelerator.device, reporter=reporter)
-        if plan.start == "fresh" and (config.use_pretrained or config.weights):
+        plan = start_network(config, run, backbone, loaders, device=accelerator.device, reporter=reporter)
+        if plan.start == "fresh" and backbone.is_pretrained:
             fresh = replace(config, weights=None)
             backbone = _network(fresh, len(label_map), accelerator, use_pretrained=False)
     freeze_stages(backbone.module, backbone.stages, len(plan.frozen_stages))
     if plan.batch_norm == "eval":
         hold_batch_norm(backbone.module)
     workers = _workers(config, backbone, loaders["train"], accelerator.device)
-    loaders = split_loaders(table, label_map, backbone.input_spec, batch_size=config.batch_size, workers=workers)
-    loaders["train"] = _training_loader(config, backbone, table, label_map, workers=workers)
-    learner = _learner(config, backbone, plan, loaders["train"], accelerator)
+    loaders = split_loaders(
+        table, label_map, backbone.input_spec, batch_size=config.batch_size, workers=workers, pixels=pixels
+    )
+    loaders["train"] = _training_loader(config, backbone, table, label_map, workers=workers, pixels=pixels)
+    learner = _learner(config, backbone, plan, loaders["train"], accelerator, class_count=len(label_map))
     job = Job(
         config=_resolved(config, plan, backbone, workers),
         run=run,
@@ -175,57 +183,34 @@ def _network(config: TrainConfig, class_count: int, accelerator: Accelerator, *,
         weights=config.weights,
         head=config.head,
         image_size=None if config.image_size == "auto" else config.image_size,
+        channels=None if config.channels == "auto" else config.channels,
     )
+    if config.head == "knn":
+        require_vectors(backbone.module)
+    if config.shuffle_pixels:
+        spec = replace(backbone.input_spec, pixel_permutation_seed=config.seed)
+        backbone = replace(backbone, input_spec=spec)
     backbone.module.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return backbone
 
 
-def _start(
-    config: TrainConfig,
-    run: RunFolder,
-    backbone: Backbone,
-    loaders: dict[str, DataLoader[Any]],
-    *,
-    device: torch.device,
-    reporter: Reporter,
-) -> Plan:
-    """Study the images, choose the scenario, make the plan and put the solved head in; write down all of it."""
-    class_count = head_module(backbone.module).weight.shape[0]
-    study = study_images(backbone, loaders, class_count=class_count, seed=config.seed, device=device, reporter=reporter)
-    evidence = measure(study.train, study.probe, is_pretrained=config.use_pretrained or config.weights is not None)
-    requested = "small-similar" if config.feature_extract else config.scenario
-    advice = choose(evidence, requested=None if requested == "auto" else requested)
-    frozen = frozen_count(advice.scenario, backbone.module, backbone.stages, images_per_class=evidence.images_per_class)
-    plan = make_plan(
-        config,
-        scenario=advice.scenario,
-        frozen_stages=tuple(stage.name for stage in backbone.stages[:frozen]),
-        can_solve_head=can_load_linear_head(backbone.module),
-        has_batch_norm=any(isinstance(module, _BatchNorm) for module in backbone.module.modules()),
-        images=len(study.train),
-    )
-    if plan.head_start == "probe":
-        load_linear_head(backbone.module, torch.from_numpy(study.probe.weight_KD), torch.from_numpy(study.probe.bias_K))
-    write_whole(run.advice, strict_json.dump({**advice.to_json(), "plan": asdict(plan)}, indent=1))
-    run.record("baseline", study.baselines.to_json())
-    run.record("probe", {**study.probe.summary(), "head_start": plan.head_start})
-    _tell(reporter, study.baselines, advice.scenario, advice.reason)
-    return plan
-
-
-def _tell(reporter: Reporter, baselines: Baselines, scenario: str, reason: str) -> None:
-    reporter.say(
-        f"Validation accuracy to beat: majority {baselines.majority:.1%}, nearest neighbours {baselines.knn:.1%}, "
-        f"linear probe {baselines.probe:.1%}."
-    )
-    reporter.say(f"Scenario {scenario}: {reason}")
-
-
 def _training_loader(
-    config: TrainConfig, backbone: Backbone, table: ImageTable, label_map: LabelMap, *, workers: int
+    config: TrainConfig,
+    backbone: Backbone,
+    table: ImageTable,
+    label_map: LabelMap,
+    *,
+    workers: int,
+    pixels: HeldPixels | None,
 ) -> DataLoader[Any]:
-    transform = training_transform(backbone.input_spec, config.augmentation)
-    dataset = ImageDataset(table.select("train"), label_map, transform=transform, seed=config.seed)
+    dataset = labelled_dataset(
+        table.select("train"),
+        label_map,
+        backbone.input_spec,
+        augmentation=config.augmentation,
+        seed=config.seed,
+        pixels=pixels,
+    )
     weights_N = None
     if config.imbalance == "balanced-sampling":
         class_indices_N = torch.tensor(dataset.class_indices)
@@ -248,15 +233,18 @@ def _workers(config: TrainConfig, backbone: Backbone, loader: DataLoader[Any], d
 
 
 def _learner(
-    config: TrainConfig, backbone: Backbone, plan: Plan, loader: DataLoader[Any], accelerator: Accelerator
+    config: TrainConfig,
+    backbone: Backbone,
+    plan: Plan,
+    loader: DataLoader[Any],
+    accelerator: Accelerator,
+    *,
+    class_count: int,
 ) -> Learner:
-    dataset = loader.dataset
-    assert isinstance(dataset, ImageDataset)
     class_weights_K = None
     if config.imbalance == "class-weights":
-        counts_K = torch.bincount(
-            torch.tensor(dataset.class_indices), minlength=int(head_module(backbone.module).weight.shape[0])
-        )
+        class_indices_N = torch.tensor(loader.dataset.class_indices)  # type: ignore[attr-defined]
+        counts_K = torch.bincount(class_indices_N, minlength=class_count)
         class_weights_K = balanced_class_weights(counts_K).to(accelerator.device)
     groups = parameter_groups(
         backbone.module,
@@ -264,7 +252,7 @@ def _learner(
         learning_rate=plan.learning_rate,
         trunk_learning_rate=plan.trunk_learning_rate,
         weight_decay=plan.weight_decay,
-    )
+    ) or [{"params": [], "lr": plan.learning_rate}]  # nearest neighbours have nothing to learn
     optimizer: torch.optim.Optimizer
     match plan.optimizer:
         case "adamw":
@@ -272,7 +260,7 @@ def _learner(
         case "adam":
             optimizer = torch.optim.Adam(groups)
         case "sgd":
-            optimizer = torch.optim.SGD(groups, momentum=0.9)
+            optimizer = torch.optim.SGD(groups, momentum=config.momentum)
     schedule = build_schedule(
         optimizer,
         config.schedule,
@@ -284,7 +272,9 @@ def _learner(
     )
     return Learner(
         model=backbone.module,
-        criterion=build_criterion(config.head, label_smoothing=config.label_smoothing, class_weights_K=class_weights_K),
+        criterion=build_criterion(
+            config.head, loss=config.loss, label_smoothing=config.label_smoothing, class_weights_K=class_weights_K
+        ),
         optimizer=optimizer,
         schedule=schedule,
         accelerator=accelerator,
@@ -299,8 +289,9 @@ def _resolved(config: TrainConfig, plan: Plan, backbone: Backbone, workers: int)
         output=None,
         weights=None if plan.start == "fresh" else config.weights,
         scenario=plan.scenario,
-        head_start=plan.head_start,
+        head_start="random" if plan.head_start == "random" else "probe",
         image_size=backbone.input_spec.image_size_px,
+        channels=backbone.input_spec.channels,
         epochs=plan.epochs,
         optimizer=plan.optimizer,
         learning_rate=plan.learning_rate,
@@ -320,10 +311,11 @@ def _fixed_options(config: TrainConfig) -> dict[str, Any]:
 def _refuse_changes(config: TrainConfig, saved: SavedState, job: Job) -> None:
     """Compare the options as they were given with those the run was saved with; an "auto" agrees with any."""
     before = saved.values["identity"]
+    options = _fixed_options(TrainConfig()) | before["options"]  # a run of an earlier version knew fewer options
     changes = [
-        f"--{name.replace('_', '-')} was {before['options'].get(name)!r} and is {value!r}"
+        f"--{name.replace('_', '-')} was {options[name]!r} and is {value!r}"
         for name, value in _fixed_options(config).items()
-        if value not in ("auto", before["options"].get(name))
+        if value not in ("auto", options[name])
     ]
     if before["data_fingerprint"] != job.table.fingerprint():
         changes.append("the images are not those that training began with")

@@ -1,5 +1,7 @@
 """What training minimises: the loss that fits the head, and inception's second one."""
 
+from typing import Literal
+
 import torch
 from torch import nn
 
@@ -13,11 +15,21 @@ AUXILIARY_WEIGHT = 0.4  # Szegedy 2015, arXiv 1512.00567, as torchvision's recip
 
 
 def build_criterion(
-    head: HeadKind, *, label_smoothing: float = 0.0, class_weights_K: torch.Tensor | None = None
+    head: HeadKind,
+    *,
+    loss: Literal["cross-entropy", "hinge"] = "cross-entropy",
+    label_smoothing: float = 0.0,
+    class_weights_K: torch.Tensor | None = None,
 ) -> nn.Module:
-    """Return cross-entropy for a head of logits, or the negative log-likelihood for a log_softmax head."""
-    if head == "log_softmax":
+    """Return the loss `loss` of a head of logits, or the negative log-likelihood for one of log-probabilities.
+
+    The hinge loss is the mean over the wrong classes j of max(0, 1 - s_y + s_j): Weston & Watkins 1999, Support vector
+    machines for multi-class pattern recognition.
+    """
+    if head != "logits":
         return nn.NLLLoss(weight=class_weights_K)
+    if loss == "hinge":
+        return nn.MultiMarginLoss(weight=class_weights_K)
     return nn.CrossEntropyLoss(weight=class_weights_K, label_smoothing=label_smoothing)
 
 

@@ -22,7 +22,7 @@ class Plan:
     scenario: Scenario
     frozen_stages: tuple[str, ...]
     start: Literal["pretrained", "fresh"]
-    head_start: Literal["probe", "random"]
+    head_start: Literal["probe", "neighbours", "random"]
     epochs: int
     optimizer: Literal["adamw", "adam", "sgd"]
     learning_rate: float
@@ -52,9 +52,11 @@ def make_plan(
         images: Training images.
     """
     is_fresh = scenario == "large-different"
-    head_start: Literal["probe", "random"] = (
-        "probe" if config.head_start == "probe" and can_solve_head and not is_fresh else "random"
-    )
+    head_start: Literal["probe", "neighbours", "random"] = "random"
+    if config.head == "knn":
+        head_start = "neighbours"
+    elif config.head_start == "probe" and config.loss == "cross-entropy" and can_solve_head and not is_fresh:
+        head_start = "probe"
     optimizer = config.optimizer
     if optimizer == "auto":
         optimizer = "sgd" if has_batch_norm and not is_fresh else "adamw"
@@ -81,6 +83,6 @@ def _epochs(scenario: Scenario, head_start: str, steps_per_epoch: int) -> int:
     if scenario == "large-different":
         return EPOCHS_FRESH
     if scenario == "small-similar":
-        return 0 if head_start == "probe" else EPOCHS_HEAD
+        return EPOCHS_HEAD if head_start == "random" else 0
     fewest, most = EPOCHS_FINE_TUNING
     return min(most, max(fewest, round(STEPS_WORTH / steps_per_epoch)))

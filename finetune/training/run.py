@@ -64,7 +64,11 @@ def _tell_what_learns(job: Job, reporter: Reporter) -> None:
 def _tell_the_end(job: Job, reporter: Reporter, *, seconds: float) -> None:
     history = job.progress.history
     if not len(history):
-        what = "The head was solved on the frozen features" if job.plan.head_start == "probe" else "The head is random"
+        what = {
+            "probe": "The head was solved on the frozen features",
+            "neighbours": "The training images are kept as neighbours",
+            "random": "The head is random",
+        }[job.plan.head_start]
         reporter.say(f"{what}; no epochs were asked for.")
         return
     if job.progress.stop_reason:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from finetune.data.loaders import Batch, readable
+from finetune.data.dataset import Batch
+from finetune.data.loaders import readable
 from finetune.features.extract import Features, extract_features
 from finetune.features.neighbours import neighbour_accuracy
 from finetune.features.probe import Probe, solve_probe
@@ -19,15 +20,15 @@ from finetune.runs.reporting import Advance, Reporter
 
 @dataclass(frozen=True, kw_only=True)
 class Baselines:
-    """Validation accuracies, in 0..1, that need no fine-tuning.
+    """Validation accuracies, in 0..1, that need no fine-tuning; None where they were not measured.
 
     `majority` always names the largest training class, `knn` lets the nearest training images vote, `probe` is the
     linear probe.
     """
 
     majority: float
-    knn: float
-    probe: float
+    knn: float | None = None
+    probe: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for metrics.jsonl."""
@@ -39,7 +40,7 @@ class Study:
     """What the frozen network makes of the images."""
 
     train: Features
-    probe: Probe
+    probe: Probe | None
     baselines: Baselines
 
 
@@ -47,7 +48,7 @@ def study_images(
     backbone: Backbone,
     loaders: Mapping[str, DataLoader[Any]],
     *,
-    class_count: int,
+    with_probe: bool = True,
     seed: int,
     device: torch.device,
     reporter: Reporter,
@@ -60,17 +61,21 @@ def study_images(
             batches = _counted(loaders[split], advance)
             features[split] = extract_features(backbone.module, output_layer, batches, device=device)
     train, valid = features["train"], features["valid"]
-    probe = solve_probe(train, class_count=class_count, seed=seed)
-    majority = np.bincount(train.class_indices_N).argmax()
+    probe = solve_probe(train, class_count=output_layer.weight.shape[0], seed=seed) if with_probe else None
     return Study(
         train=train,
         probe=probe,
         baselines=Baselines(
-            majority=float((valid.class_indices_N == majority).mean()),
+            majority=majority_accuracy(train.class_indices_N, valid.class_indices_N),
             knn=neighbour_accuracy(train, valid),
-            probe=float((probe.predict(valid.features_ND) == valid.class_indices_N).mean()),
+            probe=float((probe.predict(valid.features_ND) == valid.class_indices_N).mean()) if probe else None,
         ),
     )
+
+
+def majority_accuracy(train_N: np.ndarray[Any, Any], held_out_N: np.ndarray[Any, Any]) -> float:
+    """Return the share of the held-out class indices that are the most frequent one of the training images."""
+    return float((held_out_N == np.bincount(train_N).argmax()).mean())
 
 
 def _counted(loader: DataLoader[Any], advance: Advance) -> Any:

@@ -141,7 +141,7 @@ def test_option_value_becomes_its_type(name: str, given: object, taken: object) 
         ("overwrite", "yes", "overwrite must be bool, got 'yes'"),
         ("weight_decay", False, "weight_decay must be float or 'auto', got False"),
         ("learning_rate", [1.0], r"learning_rate must be float or 'auto', got \[1.0\]"),
-        ("head", "softmax", "head must be 'logits' or 'log_softmax', got 'softmax'"),
+        ("head", "softmax", "head must be 'logits' or 'log_softmax' or 'knn', got 'softmax'"),
         ("label_names", 3, "label_names must be Path or NoneType, got 3"),
         ("model", 18, "model must be str, got 18"),
     ],

@@ -6,10 +6,22 @@ The public names are loaded when they are first used, so that importing the pack
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from finetune.api import Run, advise, check, evaluate, list_models, load, predict, train
+    from finetune.api import (
+        Run,
+        advise,
+        check,
+        evaluate,
+        explain,
+        inspect,
+        list_models,
+        load,
+        predict,
+        train,
+        write_data,
+    )
     from finetune.config.schema import TrainConfig
     from finetune.errors import (
         ConfigError,
@@ -23,6 +35,8 @@ if TYPE_CHECKING:
         RunError,
         StorageError,
     )
+    from finetune.models.anatomy import Anatomy, count_parameters, inspect_network, output_size, receptive_field
+    from finetune.models.dense import to_dense
     from finetune.models.initialize import initialize_model
     from finetune.prediction.classifier import Classifier
     from finetune.runs.records import InputSpec, LabelMap, Prediction
@@ -30,6 +44,7 @@ if TYPE_CHECKING:
     from finetune.training.progress import History
 
 _HOMES = {
+    "Anatomy": "finetune.models.anatomy",
     "Classifier": "finetune.prediction.classifier",
     "ConfigError": "finetune.errors",
     "DataError": "finetune.errors",
@@ -49,16 +64,25 @@ _HOMES = {
     "TrainConfig": "finetune.config.schema",
     "advise": "finetune.api",
     "check": "finetune.api",
+    "count_parameters": "finetune.models.anatomy",
     "evaluate": "finetune.api",
+    "explain": "finetune.api",
     "initialize_model": "finetune.models.initialize",
+    "inspect": "finetune.api",
+    "inspect_network": "finetune.models.anatomy",
     "list_models": "finetune.api",
     "load": "finetune.api",
+    "output_size": "finetune.models.anatomy",
     "predict": "finetune.api",
+    "receptive_field": "finetune.models.anatomy",
+    "to_dense": "finetune.models.dense",
     "train": "finetune.api",
     "train_model": "finetune.training.loop",
+    "write_data": "finetune.api",
 }
 
 __all__ = [
+    "Anatomy",
     "Classifier",
     "ConfigError",
     "DataError",
@@ -78,13 +102,21 @@ __all__ = [
     "TrainConfig",
     "advise",
     "check",
+    "count_parameters",
     "evaluate",
+    "explain",
     "initialize_model",
+    "inspect",
+    "inspect_network",
     "list_models",
     "load",
+    "output_size",
     "predict",
+    "receptive_field",
+    "to_dense",
     "train",
     "train_model",
+    "write_data",
 ]
 
 

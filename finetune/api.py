@@ -192,7 +192,9 @@ def advise(
     backbone.module.to(place)
     loaders = split_loaders(table, images.label_map, backbone.input_spec, batch_size=32)
     study = study_images(backbone, loaders, seed=seed, device=place, reporter=reporter)
-    return choose(measure(study.train, study.probe, is_pretrained=backbone.is_pretrained))
+    return choose(
+        measure(study.train, study.probe, is_pretrained=backbone.is_pretrained), has_body=len(backbone.stages) > 1
+    )
 
 
 def list_models(pattern: str = "*") -> Iterator[catalog.ModelDescription]:

@@ -37,8 +37,16 @@ class Advice:
         }
 
 
-def choose(evidence: Evidence, *, requested: Scenario | None = None) -> Advice:
-    """Choose the scenario for `evidence`; a `requested` one is taken, with the recommendation beside it."""
+def choose(evidence: Evidence, *, requested: Scenario | None = None, has_body: bool = True) -> Advice:
+    """Choose the scenario for `evidence`; a `requested` one is taken, with the recommendation beside it.
+
+    A network without a body, a linear classifier on pixels for one, leaves no choice.
+    """
+    if not has_body:
+        reason = "the network is nothing but its output layer, so there is nothing to freeze."
+        return Advice(
+            scenario="small-similar", recommended="small-similar", runner_up=None, reason=reason, evidence=evidence
+        )
     recommended = _scenario(
         similarity=evidence.similarity,
         images_per_class=evidence.images_per_class,

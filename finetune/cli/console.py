@@ -65,6 +65,11 @@ def print_error(message: str, hint: str) -> None:
         print(f"hint: {_one_line(hint)}", file=sys.stderr)
 
 
+def plain(text: str) -> str:
+    """Make line breaks and control characters in a name visible, so that a line stays a line."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split())
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TextIO
 
 import tyro
 
-from finetune.cli.console import ConsoleReporter
+from finetune.cli.console import ConsoleReporter, plain
 from finetune.cli.parsing import parse
 from finetune.errors import ConfigError, MissingExtraError, StorageError
 from finetune.runs import strict_json
@@ -40,6 +40,9 @@ class PredictOptions:
     """Form of the results; parquet needs --output."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """File to write the results to instead of standard output."""
+    dense: bool = False
+    """Look at the whole picture instead of its central square: the network slides over it, and the scores of all
+    positions are averaged. Pictures are then computed one by one. Not every network can."""
     batch_size: int = 32
     """Images computed at once; 1 or more."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -63,7 +66,12 @@ def run(words: list[str], reporter: ConsoleReporter) -> int:
     from finetune.api import predict
 
     results = predict(
-        options.run, options.inputs, top_k=options.top_k, batch_size=options.batch_size, device=options.device
+        options.run,
+        options.inputs,
+        top_k=options.top_k,
+        dense=options.dense,
+        batch_size=options.batch_size,
+        device=options.device,
     )
     failures = _Failures()
     counted = failures.count(results)
@@ -87,12 +95,12 @@ def write_table(results: Iterable[Result], file: TextIO) -> None:
     """Write a line an image: name, class, probability."""
     for result in results:
         if isinstance(result, FailedPrediction):
-            print(f"{_plain(result.image)}: cannot be read: {result.code}: {_plain(result.message)}", file=file)
+            print(f"{plain(result.image)}: cannot be read: {result.code}: {plain(result.message)}", file=file)
         else:
-            others = ", ".join(f"{_plain(other.display_name)} {other.probability:.1%}" for other in result.top[1:])
-            name = "none of these; nearest: " * result.abstained + _plain(result.display_name)
+            others = ", ".join(f"{plain(other.display_name)} {other.probability:.1%}" for other in result.top[1:])
+            name = "none of these; nearest: " * result.abstained + plain(result.display_name)
             more = f"  ({others})" if others else ""
-            print(f"{_plain(result.image)}: {name} {result.probability:.1%}{more}", file=file)
+            print(f"{plain(result.image)}: {name} {result.probability:.1%}{more}", file=file)
         file.flush()
 
 
@@ -171,11 +179,6 @@ def _document(result: Result) -> dict[str, Any]:
         "abstained": result.abstained,
         "top": [asdict(other) for other in result.top],
     }
-
-
-def _plain(text: str) -> str:
-    """Make line breaks and control characters in a name visible, so that a line stays a line."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 @contextmanager

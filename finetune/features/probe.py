@@ -1,6 +1,7 @@
 """The linear probe: a multinomial logistic head on frozen features, solved to its optimum and scored honestly."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from sklearn.model_selection import StratifiedKFold
 
 from finetune.features.extract import Features
 
-# Shapes: N images, D features, R = min(N, D) directions that the features span, H held-out images, K classes.
+# Shapes: N images, D features, R = min(N, D) directions that the features span, H held-out images, K classes,
+# S strengths tried, F folds.
 
 Array = np.ndarray[Any, Any]
 
@@ -69,18 +71,18 @@ def solve_probe(train: Features, *, class_count: int, seed: int) -> Probe:
         basis_RD = np.eye(standard_ND.shape[1])
     rotated_NR = standard_ND @ basis_RD.T
     folds = _folds(train.class_indices_N, seed)
-    scores_CF2 = np.array(
-        [[_fold_score(rotated_NR, train.class_indices_N, fold, strength) for fold in folds] for strength in STRENGTHS]
-    )
-    best = int(scores_CF2[:, :, 1].mean(axis=1).argmin()) if folds else STRENGTHS.index(1e-2)
-    weight_KR, bias_K = _fit(rotated_NR, train.class_indices_N, STRENGTHS[best], class_count=class_count)
+    best = STRENGTHS.index(1e-2)
+    if folds:
+        path_SF2 = _fold_scores(rotated_NR, train.class_indices_N, folds)
+        best = int(path_SF2[:, :, 1].mean(axis=1).argmin())
+    weight_KR, bias_K = _fit(_solver(STRENGTHS[best]), rotated_NR, train.class_indices_N, class_count=class_count)
     weight_KD = (weight_KR @ basis_RD) / scale_D
     return Probe(
         weight_KD=weight_KD.astype(np.float32),
         bias_K=(bias_K - weight_KD @ mean_D).astype(np.float32),
         strength=STRENGTHS[best],
-        accuracy=float(scores_CF2[best, :, 0].mean()) if folds else None,
-        spread=float(scores_CF2[best, :, 0].std()) if folds else None,
+        accuracy=float(path_SF2[best, :, 0].mean()) if folds else None,
+        spread=float(path_SF2[best, :, 0].std()) if folds else None,
     )
 
 
@@ -99,22 +101,46 @@ def _folds(class_indices_N: Array, seed: int) -> list[tuple[Array, Array]]:
         return [fold for fold in folds if len(np.unique(class_indices_N[fold[0]])) > 1]
 
 
+def _fold_scores(rotated_NR: Array, class_indices_N: Array, folds: Sequence[tuple[Array, Array]]) -> Array:
+    """Return accuracy and log loss (nats) of each strength on what each fold holds out, (S, F, 2).
+
+    The strengths are tried from the strongest regularisation on, each solution starting the next, until the log loss
+    rises: it has one minimum along this path, and the solutions behind it take the longest to find.
+    """
+    solvers = [_solver(STRENGTHS[0]) for _ in folds]
+    path: list[list[tuple[float, float]]] = []
+    for strength in STRENGTHS:
+        scores = [
+            _fold_score(solver.set_params(C=strength), rotated_NR, class_indices_N, fold)
+            for solver, fold in zip(solvers, folds, strict=True)
+        ]
+        path.append(scores)
+        if len(path) > 1 and np.mean(path[-1], axis=0)[-1] > np.mean(path[-2], axis=0)[-1]:
+            break
+    return np.array(path)
+
+
 def _fold_score(
-    rotated_NR: Array, class_indices_N: Array, fold: tuple[Array, Array], strength: float
+    solver: LogisticRegression, rotated_NR: Array, class_indices_N: Array, fold: tuple[Array, Array]
 ) -> tuple[float, float]:
-    """Return accuracy and log loss (nats) on the images that `fold` holds out."""
     fitted, held_out = fold
     class_count = int(class_indices_N.max()) + 1
-    weight_KR, bias_K = _fit(rotated_NR[fitted], class_indices_N[fitted], strength, class_count=class_count)
+    weight_KR, bias_K = _fit(solver, rotated_NR[fitted], class_indices_N[fitted], class_count=class_count)
     logits_HK = rotated_NR[held_out] @ weight_KR.T + bias_K
     true_H = class_indices_N[held_out]
     losses_H = logsumexp(logits_HK, axis=1) - logits_HK[np.arange(len(true_H)), true_H]
     return float((logits_HK.argmax(axis=1) == true_H).mean()), float(losses_H.mean())
 
 
-def _fit(features_NR: Array, class_indices_N: Array, strength: float, *, class_count: int) -> tuple[Array, Array]:
+def _solver(strength: float) -> LogisticRegression:
+    return LogisticRegression(C=strength, max_iter=MAX_ITERATIONS, warm_start=True)
+
+
+def _fit(
+    solver: LogisticRegression, features_NR: Array, class_indices_N: Array, *, class_count: int
+) -> tuple[Array, Array]:
     """Return weight (K, R) and bias (K,); a class without images gets a bias far below the others."""
-    solver = LogisticRegression(C=strength, max_iter=MAX_ITERATIONS).fit(features_NR, class_indices_N)
+    solver.fit(features_NR, class_indices_N)
     weight, bias = solver.coef_, solver.intercept_
     if len(solver.classes_) == 2:  # scikit-learn keeps one row, the logit of the second class against the first
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2

@@ -157,8 +157,11 @@ def build_as_published(name: str, *, image_size: int | None = None) -> tuple[nn.
     """
     entry = catalog.resolve(name)
     input_spec = catalog.input_spec(entry)
-    with torch.device("meta"):
-        module = _build(entry).eval()
+    try:
+        with torch.device("meta"):
+            module = _build(entry).eval()
+    except NotImplementedError:  # torchvision's RegNets calculate their widths with tensors, which takes values
+        module = _build(entry).eval().to("meta")
     if image_size is not None and image_size != input_spec.image_size_px:
         input_spec = input_spec.at_size(image_size)
         _resize(entry, module, input_spec)

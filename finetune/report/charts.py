@@ -82,7 +82,7 @@ def draw_image_grid(
 def save_figure(figure: Figure, path: Path) -> None:
     """Write `figure` as a PNG file at `path`, making its folder where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _style():
+    with style():
         figure.savefig(path, format="png", dpi=DOTS_PER_INCH, facecolor="white")
 
 
@@ -102,7 +102,7 @@ def curves_figure(history: Mapping[str, Sequence[float]], *, best_epoch: int | N
     best_epoch = _best_epoch(history) if best_epoch is None else best_epoch
     rates = history.get("learning_rates", ())
     rows = [["loss", "accuracy"], ["rate", "rate"]] if len(rates) else [["loss", "accuracy"]]
-    with _style():
+    with style():
         figure = Figure(figsize=(9, 4.4 if len(rates) else 3.4), layout="constrained")
         axes: dict[str, Axes] = figure.subplot_mosaic(rows, height_ratios=[4, 1][: len(rows)])
         _plot_phases(axes["loss"], history, "loss", best_epoch)
@@ -137,13 +137,13 @@ def confusion_matrix_figure(confusion_KK: npt.NDArray[Any], display_names: Seque
     side_inches = min(max(1.6 + 0.42 * classes, 2.4), 11.0)
     every = math.ceil(classes / MAX_LABELLED_CLASSES)
     label_points = float(np.clip(0.62 * 72 * side_inches / classes * every, 4.5, 9))
-    with _style():
+    with style():
         figure = Figure(figsize=(side_inches + 2.6, side_inches + 1.6), layout="constrained")
         axes = figure.add_subplot()
         # The square root lifts a single mistake among many hits out of the white.
         image = axes.imshow(shares_KK, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1), interpolation="nearest")
         ticks = range(0, classes, every)
-        labels = [_shown(display_names[tick]) for tick in ticks]
+        labels = [shown(display_names[tick]) for tick in ticks]
         slant = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
         axes.set_xticks(
             ticks, labels, fontsize=label_points, **(slant if classes <= MAX_COUNTED_CLASSES else {"rotation": 90})
@@ -177,8 +177,8 @@ def samples_figure(
     titles, colours = [], []
     for true_name, predicted_name, probability in zip(true_names, predicted_names, probabilities, strict=True):
         is_right = true_name == predicted_name
-        verdict = f"{'✓' if is_right else '✗'} {_shown(predicted_name)} {probability:.2f}"
-        titles.append(verdict if is_right else f"{verdict}\n(true: {_shown(true_name)})")
+        verdict = f"{'✓' if is_right else '✗'} {shown(predicted_name)} {probability:.2f}"
+        titles.append(verdict if is_right else f"{verdict}\n(true: {shown(true_name)})")
         colours.append(RIGHT if is_right else WRONG)
     return _grid_figure(images_NHWC, titles, colours)
 
@@ -187,11 +187,11 @@ def image_grid_figure(
     images_NHWC: Sequence[npt.NDArray[np.uint8]] | npt.NDArray[np.uint8], titles: Sequence[str]
 ) -> Figure:
     """Build a grid of N images, uint8 and of one size or of several, each titled with its class name."""
-    return _grid_figure(images_NHWC, [_shown(title) for title in titles], [INK] * len(titles))
+    return _grid_figure(images_NHWC, [shown(title) for title in titles], [INK] * len(titles))
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     """Use the common style, whatever the user's own matplotlib settings are; needed to build and to save alike."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -205,7 +205,7 @@ def _drawable_characters() -> frozenset[int]:
     return frozenset(font_manager.get_font(font_manager.findfont(FONT)).get_charmap())
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """Return a name fit for a chart: one line, at most 24 characters, "□" for what the font cannot draw."""
     line = " ".join(name.split())
     drawable = "".join(character if ord(character) in _drawable_characters() else "□" for character in line)
@@ -214,7 +214,7 @@ def _shown(name: str) -> str:
 
 def _message_figure(message: str) -> Figure:
     """Build a figure that says why there is nothing to show."""
-    with _style():
+    with style():
         figure = Figure(figsize=(9, 1.6))
         figure.text(0.5, 0.5, message, ha="center", va="center", color=FAINT, fontsize=11)
     return figure
@@ -282,7 +282,7 @@ def _grid_figure(
         return _message_figure("no images")
     columns = min(math.ceil(math.sqrt(len(titles) * 1.5)), 6)
     rows = math.ceil(len(titles) / columns)
-    with _style():
+    with style():
         figure = Figure(figsize=(max(2.1 * columns, 3.2), 2.5 * rows), layout="constrained")
         for place, (image_HWC, title, colour) in enumerate(zip(images_NHWC, titles, colours, strict=True), start=1):
             axes = figure.add_subplot(rows, columns, place)

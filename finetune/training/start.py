@@ -38,16 +38,18 @@ def start_network(
     requested = "small-similar" if config.feature_extract or config.head == "knn" else config.scenario
     labels_of = {split: np.array(loader.dataset.class_indices) for split, loader in loaders.items()}  # type: ignore[attr-defined]
     study = None
-    if backbone.is_pretrained or len(backbone.stages) == 1 or requested not in ("auto", "large-different"):
+    has_body = len(backbone.stages) > 1
+    if backbone.is_pretrained or not has_body or requested not in ("auto", "large-different"):
+        with_probe = config.head != "knn" and (has_body or config.loss == "cross-entropy")
         study = study_images(
-            backbone, loaders, with_probe=config.head != "knn", seed=config.seed, device=device, reporter=reporter
+            backbone, loaders, with_probe=with_probe, seed=config.seed, device=device, reporter=reporter
         )
         evidence = measure(study.train, study.probe, is_pretrained=backbone.is_pretrained)
         baselines = study.baselines
     else:
         evidence = count_images(labels_of["train"])
         baselines = Baselines(majority=majority_accuracy(labels_of["train"], labels_of["valid"]))
-    advice = choose(evidence, requested=None if requested == "auto" else requested)
+    advice = choose(evidence, requested=None if requested == "auto" else requested, has_body=has_body)
     frozen = frozen_count(advice.scenario, backbone.module, backbone.stages, images_per_class=evidence.images_per_class)
     plan = make_plan(
         config,

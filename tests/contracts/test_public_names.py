@@ -9,6 +9,7 @@ import pytest
 import finetune
 
 PINNED = [
+    "Anatomy",
     "Classifier",
     "ConfigError",
     "DataError",
@@ -28,13 +29,21 @@ PINNED = [
     "TrainConfig",
     "advise",
     "check",
+    "count_parameters",
     "evaluate",
+    "explain",
     "initialize_model",
+    "inspect",
+    "inspect_network",
     "list_models",
     "load",
+    "output_size",
     "predict",
+    "receptive_field",
+    "to_dense",
     "train",
     "train_model",
+    "write_data",
 ]
 
 

@@ -132,7 +132,7 @@ def weights_source(entry: ModelEntry) -> str:
 
 
 def local_weights(entry: ModelEntry) -> Path | None:
-    """Return the file with the pretrained weights of `entry`, or nothing where it must be downloaded or there is none."""
+    """Return the file with the pretrained weights of `entry`; nothing where it must be downloaded, or there is none."""
     if entry.source == "classic":
         return None
     if entry.source == "bundled":

@@ -41,9 +41,9 @@ def lenet5() -> TrainConfig:
         epochs=60,
         batch_size=64,
         optimizer="adamw",
-        learning_rate=6e-3,
-        trunk_learning_rate=6e-3,
-        weight_decay=0.01,
+        learning_rate=3e-3,
+        trunk_learning_rate=3e-3,
+        weight_decay=0.1,
         schedule="one-cycle",
     )
 

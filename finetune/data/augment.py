@@ -31,10 +31,10 @@ class SmallAffine:
     """
 
     draws = 6
-    degrees = 12.0
-    shear = 0.15
-    scale = 0.12
-    shift = 0.08  # of the side
+    degrees = 17.0
+    shear = 0.2
+    scale = 0.17
+    shift = 0.12  # of the side
 
     def __call__(self, images_BCHW: torch.Tensor, draws_BP: torch.Tensor) -> torch.Tensor:
         """Return pictures of the same shape."""

@@ -35,13 +35,13 @@ def test_affine_with_middling_numbers_changes_nothing() -> None:
 @pytest.mark.parametrize(("place", "axis"), [(4, -1), (5, -2)])
 def test_affine_shifts_along_one_axis(place: int, axis: int) -> None:
     change = SmallAffine()
-    images_BCHW = pictures(1, side=25)  # 0.08 of 25 pixels are 2
+    images_BCHW = pictures(1, side=25)  # 0.12 of 25 pixels are 3
     draws_BP = torch.full((1, change.draws), 0.5)
     draws_BP[0, place] = 1.0
     shifted_BCHW = change(images_BCHW, draws_BP)
-    size = 23
-    torch.testing.assert_close(shifted_BCHW.narrow(axis, 0, size), images_BCHW.narrow(axis, 2, size), atol=1e-4, rtol=0)
-    border = shifted_BCHW.narrow(axis, size, 2)
+    size = 22
+    torch.testing.assert_close(shifted_BCHW.narrow(axis, 0, size), images_BCHW.narrow(axis, 3, size), atol=1e-4, rtol=0)
+    border = shifted_BCHW.narrow(axis, size, 3)
     torch.testing.assert_close(border, images_BCHW.narrow(axis, 24, 1).expand_as(border), atol=1e-4, rtol=0)
 
 

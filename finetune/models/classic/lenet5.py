@@ -1,4 +1,4 @@
-"""LeNet-5 in four forms: as usually told, as printed in 1998, and the two modern ones for 28 × 28 images.
+"""LeNet-5 in four forms: as usually built, as printed in 1998, and two modern ones for 28 × 28 images.
 
 Source: LeCun, Bottou, Bengio and Haffner 1998, Gradient-based learning applied to document recognition, section II.
 
@@ -81,9 +81,10 @@ class TableConvolution(nn.Module):
 
 
 def lenet5(num_classes: int, *, channels: int) -> nn.Sequential:
-    """Build LeNet-5 as it is usually told: every map of C3 sees all of S2, and sub-sampling takes the plain average.
+    """Build LeNet-5 as it is usually built: every map of C3 sees all of S2, ReLU, and sub-sampling takes the largest.
 
-    Squashing, layer sizes and starting weights are the paper's.
+    Image and layer sizes are the paper's. On the digits ReLU and the maximum beat the paper's squashing and averages.
+    Starting weights: He et al. 2015, Delving deep into rectifiers.
 
     Args:
         num_classes: K, the outputs.
@@ -94,21 +95,25 @@ def lenet5(num_classes: int, *, channels: int) -> nn.Sequential:
     """
     features = OrderedDict(
         c1=nn.Conv2d(channels, 6, 5),
-        squash1=ScaledTanh(),
-        s2=nn.AvgPool2d(2),
+        relu1=nn.ReLU(),
+        s2=nn.MaxPool2d(2),
         c3=nn.Conv2d(6, 16, 5),
-        squash3=ScaledTanh(),
-        s4=nn.AvgPool2d(2),
+        relu3=nn.ReLU(),
+        s4=nn.MaxPool2d(2),
         c5=nn.Conv2d(16, 120, 5),
-        squash5=ScaledTanh(),
+        relu5=nn.ReLU(),
     )
-    return _published(features, num_classes)
+    classifier = OrderedDict(f6=nn.Linear(120, 84), relu6=nn.ReLU(), output=nn.Linear(84, num_classes))
+    network = _chain(features, classifier)
+    draw_weights(network, he_normal)
+    return network
 
 
 def lenet5_1998(num_classes: int, *, channels: int) -> nn.Sequential:
     """Build LeNet-5 to the letter of the paper up to F6: 60,000 trainable parameters, each where table I puts it.
 
-    Sub-sampling has a coefficient and a bias a map and is squashed like every layer up to F6. The output is a linear
+    Starting weights are uniform within ±2.4 / fan-in, biases too, the fan-in being the number of inputs of a unit
+    (appendix A). Sub-sampling has a coefficient and a bias a map and is squashed like every layer up to F6. The output is a linear
     layer instead of the paper's radial basis units: those measure distances to hand-drawn 7 × 12 pictures of ASCII
     characters, which other classes do not have, and give penalties where a cross-entropy needs logits.
 
@@ -131,7 +136,18 @@ def lenet5_1998(num_classes: int, *, channels: int) -> nn.Sequential:
         c5=nn.Conv2d(16, 120, 5),
         squash5=ScaledTanh(),
     )
-    return _published(features, num_classes)
+    classifier = OrderedDict(f6=nn.Linear(120, 84), squash6=ScaledTanh(), output=nn.Linear(84, num_classes))
+    network = _chain(features, classifier)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            bound = 2.4 / module.weight[0].numel()
+        elif isinstance(module, SubSampling):
+            bound = 2.4 / 4
+        else:
+            continue
+        for parameter in module.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+    return network
 
 
 def lenet5_relu(num_classes: int, *, channels: int) -> nn.Sequential:
@@ -199,26 +215,6 @@ def lenet5_sigmoid(num_classes: int, *, channels: int) -> nn.Sequential:
     )
     network = _chain(features, classifier)
     draw_weights(network, nn.init.xavier_uniform_)
-    return network
-
-
-def _published(features: OrderedDict[str, nn.Module], num_classes: int) -> nn.Sequential:
-    """Put F6 and the output behind `features` and draw starting weights as the paper does, biases too.
-
-    They are uniform within ±2.4 / fan-in, the fan-in being the number of inputs of a unit. Source: the paper,
-    appendix A.
-    """
-    classifier = OrderedDict(f6=nn.Linear(120, 84), squash6=ScaledTanh(), output=nn.Linear(84, num_classes))
-    network = _chain(features, classifier)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            bound = 2.4 / module.weight[0].numel()
-        elif isinstance(module, SubSampling):
-            bound = 2.4 / 4
-        else:
-            continue
-        for parameter in module.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
     return network
 
 

@@ -49,7 +49,7 @@ _SIMONYAN_2014 = "Simonyan and Zisserman 2014, Very deep convolutional networks 
 _WITH_BATCH_NORM = f"{_SIMONYAN_2014}; with the batch normalisation of Ioffe and Szegedy 2015"
 
 CLASSICS: dict[str, Classic] = {
-    "lenet5": Classic(build=lenet5, input_spec=_LENET, paper=_LECUN_1998, year=1998),
+    "lenet5": Classic(build=lenet5, input_spec=_LENET, paper=f"{_LECUN_1998}; with ReLU and max pooling", year=1998),
     "lenet5_1998": Classic(build=lenet5_1998, input_spec=_LENET, paper=_LECUN_1998, year=1998),
     "lenet5_relu": Classic(
         build=lenet5_relu,

@@ -126,17 +126,13 @@ def test_1998_squashes_every_layer_up_to_f6_and_not_the_output() -> None:
     assert isinstance(network.get_submodule("classifier.squash6"), ScaledTanh)
 
 
-@pytest.mark.parametrize("build", [lenet5, lenet5_1998])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_starting_weights_are_uniform_within_2_4_over_fan_in(build: Callable[..., nn.Module], channels: int) -> None:
+def test_starting_weights_of_1998_are_uniform_within_2_4_over_fan_in(channels: int) -> None:
     torch.manual_seed(0)
-    network = build(10, channels=channels)
+    network = lenet5_1998(10, channels=channels)
     fan_in = {"features.c1": 25 * channels, "features.c5": 400, "classifier.f6": 120, "classifier.output": 84}
-    if build is lenet5:
-        fan_in |= {"features.c3": 150}
-    else:
-        fan_in |= {f"features.c3.convolutions.{run}": inputs for run, inputs in enumerate((75, 100, 150))}
-        fan_in |= {"features.s2": 4, "features.s4": 4}
+    fan_in |= {f"features.c3.convolutions.{run}": inputs for run, inputs in enumerate((75, 100, 150))}
+    fan_in |= {"features.s2": 4, "features.s4": 4}
     parameters = {
         name: torch.cat([p.detach().flatten() for p in network.get_submodule(name).parameters()]) for name in fan_in
     }
@@ -149,10 +145,11 @@ def test_starting_weights_are_uniform_within_2_4_over_fan_in(build: Callable[...
     assert network.get_parameter("classifier.f6.bias").std() > 0
 
 
-def test_relu_starts_with_he_weights_and_zero_biases() -> None:
+@pytest.mark.parametrize(("build", "c5"), [(lenet5, "features.c5"), (lenet5_relu, "classifier.c5")])
+def test_relu_starts_with_he_weights_and_zero_biases(build: Callable[..., nn.Module], c5: str) -> None:
     torch.manual_seed(0)
-    network = lenet5_relu(10, channels=1)
-    for name, fan_in in (("features.c3", 150), ("classifier.c5", 400), ("classifier.f6", 120)):
+    network = build(10, channels=1)
+    for name, fan_in in (("features.c3", 150), (c5, 400), ("classifier.f6", 120)):
         assert network.get_parameter(f"{name}.weight").std().item() == pytest.approx(sqrt(2 / fan_in), rel=0.05)
     assert all(not bias.any() for name, bias in network.named_parameters() if name.endswith("bias"))
 

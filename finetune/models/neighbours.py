@@ -44,9 +44,7 @@ class NeighbourHead(nn.Module):
     def forward(self, features_ND: Tensor) -> Tensor:
         """Return log-probabilities (N, K)."""
         nearest_NJ = (normalize(features_ND) @ self.vectors_MD.T).topk(int(self.neighbours)).indices
-        voices_NJK = one_hot(self.class_indices_M[nearest_NJ], self.class_count).float()
-        nearness_J1 = 1 - 1e-3 * torch.linspace(0, 1, nearest_NJ.shape[1], device=nearest_NJ.device)[:, None]
-        votes_NK = (voices_NJK * nearness_J1).sum(dim=1)
+        votes_NK = _count_votes(self.class_indices_M[nearest_NJ], self.class_count)
         return torch.as_tensor(self.normalise((votes_NK + 1 / self.class_count).log()))
 
 
@@ -60,11 +58,19 @@ def choose_neighbours(vectors_MD: Tensor, class_indices_M: Tensor) -> int:
         similarity_BM = unit_MD[start : start + BLOCK] @ unit_MD.T
         similarity_BM.diagonal(offset=start).fill_(-torch.inf)
         nearest_BJ = similarity_BM.topk(min(max(possible), len(unit_MD) - 1)).indices
-        voices_BJK = one_hot(class_indices_M[nearest_BJ], class_count)
         for count in possible:
-            guess_B = voices_BJK[:, :count].sum(dim=1).argmax(dim=1)
+            guess_B = _count_votes(class_indices_M[nearest_BJ[:, :count]], class_count).argmax(dim=1)
             right[count] += int((guess_B == class_indices_M[start : start + BLOCK]).sum())
     return max(possible, key=lambda count: right[count])
+
+
+def _count_votes(voters_NJ: Tensor, class_count: int) -> Tensor:
+    """Count the votes (N, K) of neighbours given by their classes, the nearest first; a nearer voice weighs more.
+
+    By a trifle, which decides ties: even over all voters it does not make up one voice.
+    """
+    nearness_J1 = 1 - 1e-3 * torch.linspace(0, 1, voters_NJ.shape[1], device=voters_NJ.device)[:, None]
+    return (one_hot(voters_NJ, class_count).float() * nearness_J1).sum(dim=1)
 
 
 def attach_neighbours(model: nn.Module, head: NeighbourHead) -> None:
@@ -79,7 +85,7 @@ def attach_neighbours(model: nn.Module, head: NeighbourHead) -> None:
         raise ModelError(
             f"the neighbours have shape {tuple(head.vectors_MD.shape)}, the output layer takes {layer.weight.shape[1]}"
         )
-    model.set_submodule(head_layers(model)[0], head)
+    model.set_submodule(head_layers(model)[0], head.to(layer.weight.device))
 
 
 def require_vectors(model: nn.Module) -> None:

@@ -44,7 +44,8 @@ def run(words: list[str], reporter: ConsoleReporter) -> int:
         device=options.device,
     )
     if found.map_HW.size == 1:
-        reporter.warn("this network gives its own crop a single score, so the map is even; --dense shows more")
+        why = "the picture is no larger than that" if options.dense else "--dense shows more"
+        reporter.warn(f"this network gives its own input a single score, so the map is even; {why}")
     best = found.prediction
     name = "none of these; nearest: " * best.abstained + plain(best.display_name)
     print(f"predicted: {name} {best.probability:.1%}")

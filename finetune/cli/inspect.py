@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from finetune.models.anatomy import Anatomy, Layer
 
 PICTURES = (".png", ".svg", ".pdf")
+NOT_DRAWN = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 WIDE = 200  # columns where there is no terminal, as a pipe has none
 
 
@@ -46,6 +47,10 @@ class InspectOptions:
         """Refuse what cannot be meant."""
         if self.image_size is not None and self.image_size < 1:
             raise ConfigError(f"--image-size is {self.image_size}, but must be 1 or more")
+        if self.output is not None and self.output.suffix.lower() in NOT_DRAWN:
+            raise ConfigError(
+                f"--output {self.output} is no kind of picture that is drawn", "name a .png, .svg or .pdf file"
+            )
         if self.draws and self.format != "table":
             raise ConfigError(f"--output {self.output} is a picture, --format {self.format} is text", "drop one")
 

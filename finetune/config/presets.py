@@ -88,7 +88,10 @@ def vgg16_2014() -> TrainConfig:
 
 
 def vgg16_cifar() -> TrainConfig:
-    """Train VGG-16 with batch norm on 32 × 32 images: crops and flips, SGD 0.1, 200 epochs along a cosine."""
+    """Train VGG-16 with batch norm on 32 × 32 images: crops and flips, SGD 0.1, 200 epochs along a cosine.
+
+    Published trainings of this kind end at 93.9 to 94.2 % on CIFAR-10; this one has not been run to its end.
+    """
     return replace(
         _plain("vgg16_cifar"),
         augmentation="crop-flip",
@@ -107,7 +110,7 @@ def vgg16_cifar_2048() -> TrainConfig:
 
 def linear() -> TrainConfig:
     """Solve a linear classifier on the pixels; with `--loss hinge` it is trained, as a support vector machine."""
-    return TrainConfig(model="linear", feature_extract=True, augmentation="none", batch_size=64)
+    return TrainConfig(model="linear", augmentation="none", batch_size=64)
 
 
 def knn() -> TrainConfig:

@@ -135,11 +135,17 @@ def _read_mark(output: Path, name: str) -> WrittenData | None:
         found = strict_json.parse(mark.read_bytes())
         owner, counts = found["name"], found["counts"]
         finished = WrittenData(folder=output, was_there=True, **counts) if counts else None
+        if finished and _images_in(output) < sum(finished.images_per_split.values()):
+            finished = None  # somebody has removed some
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{mark} is damaged", "choose another --output") from error
     if owner != name:
         raise ConfigError(f"{output} holds {owner}, not {name}", "choose another --output")
     return finished
+
+
+def _images_in(output: Path) -> int:
+    return sum(len(names) for folder, _, names in os.walk(output) if folder != str(output))
 
 
 def _count(pictures: Sequence[Picture]) -> dict[str, Any]:

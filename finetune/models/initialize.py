@@ -264,7 +264,9 @@ def _resize(entry: ModelEntry, module: nn.Module, input_spec: InputSpec) -> None
             _resize_vit(module, image_size)
         _push_shapes(module, input_spec)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = (
+            "its linear layers fit its own size only" if entry.source == "classic" else str(error).partition("\n")[0]
+        )
         raise ModelError(
             f"{entry.name} cannot take images of {image_size} px: {reason}",
             f"its own size is {catalog.input_spec(entry).image_size_px} px",

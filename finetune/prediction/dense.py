@@ -103,7 +103,7 @@ def _as_dense(classifier: Classifier) -> DenseClassifier:
     spec = classifier.metadata.input_spec
     if spec.pixel_permutation_seed is not None:
         raise ModelError(
-            "the model was trained on pixels in another order, so a map of it would show no place in the picture",
+            "the model was trained on pixels in another order, so no place in a picture is a place to it",
             "take a model that was trained without a pixel permutation",
         )
     return to_dense(classifier.model, (spec.channels, spec.image_size_px, spec.image_size_px))

@@ -25,10 +25,7 @@ from finetune.evaluation.infer import probabilities_of
 from finetune.models.device import resolve_device
 from finetune.models.freezing import freeze_stages, hold_batch_norm
 from finetune.models.initialize import Backbone, build_backbone
-from finetune.models.neighbours import (
-    attach_saved_neighbours,
-    require_vectors,
-)
+from finetune.models.neighbours import require_vectors
 from finetune.models.param_groups import parameter_groups
 from finetune.models.stages import stage_parameters
 from finetune.runs import strict_json
@@ -84,19 +81,14 @@ def assemble(config: TrainConfig, run: RunFolder, reporter: Reporter) -> Job:
     saved = read_state(run, reporter) if config.resume else None
     table, label_map = _images(config, run, reporter)
     backbone = _network(config, len(label_map), accelerator, use_pretrained=config.use_pretrained and saved is None)
-    pixels = None
-    if can_hold(table, backbone.input_spec, config.augmentation):
-        pixels = hold_pixels(table, backbone.input_spec)
+    is_tiny = can_hold(table, backbone.input_spec, config.augmentation)
+    pixels = hold_pixels(table, backbone.input_spec) if is_tiny else None
     loaders = split_loaders(table, label_map, backbone.input_spec, batch_size=config.batch_size, pixels=pixels)
     if saved:
         values = saved.values["identity"]["plan"]
         plan = Plan(**values | {"frozen_stages": tuple(values["frozen_stages"])})
         plan = replace(plan, epochs=plan.epochs if config.epochs == "auto" else config.epochs)
         backbone = replace(backbone, weights=saved.values["identity"]["pretrained_weights"])
-        if plan.head_start == "neighbours":
-            attach_saved_neighbours(
-                backbone.module, saved.model, class_count=len(label_map), source=str(run.checkpoints)
-            )
     else:
         plan = start_network(config, run, backbone, loaders, device=accelerator.device, reporter=reporter)
         if plan.start == "fresh" and backbone.is_pretrained:

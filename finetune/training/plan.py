@@ -63,14 +63,17 @@ def make_plan(
     pace = 10.0 if optimizer == "sgd" else 1.0
     trunk = (1e-3 if is_fresh else 1e-4) * pace if config.trunk_learning_rate == "auto" else config.trunk_learning_rate
     head = (trunk if head_start == "probe" else 1e-3 * pace) if config.learning_rate == "auto" else config.learning_rate
+    epochs = config.epochs
+    if head_start == "neighbours":
+        epochs = 0
+    elif epochs == "auto":
+        epochs = _epochs(scenario, head_start, math.ceil(images / config.batch_size))
     return Plan(
         scenario=scenario,
         frozen_stages=frozen_stages,
         start="fresh" if is_fresh else "pretrained",
         head_start=head_start,
-        epochs=_epochs(scenario, head_start, math.ceil(images / config.batch_size))
-        if config.epochs == "auto"
-        else config.epochs,
+        epochs=epochs,
         optimizer=optimizer,
         learning_rate=head,
         trunk_learning_rate=trunk,

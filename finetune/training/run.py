@@ -65,11 +65,11 @@ def _tell_the_end(job: Job, reporter: Reporter, *, seconds: float) -> None:
     history = job.progress.history
     if not len(history):
         what = {
-            "probe": "The head was solved on the frozen features",
-            "neighbours": "The training images are kept as neighbours",
-            "random": "The head is random",
+            "probe": "The head was solved on the frozen features; no epochs were asked for.",
+            "neighbours": "The training images are kept as neighbours; nothing is trained.",
+            "random": "The head is random; no epochs were asked for.",
         }[job.plan.head_start]
-        reporter.say(f"{what}; no epochs were asked for.")
+        reporter.say(what)
         return
     if job.progress.stop_reason:
         reporter.say(f"Stopped early: {job.progress.stop_reason}.")

@@ -65,7 +65,7 @@ def one_run(data: Path, output: Path, options: list[str], seed: int) -> dict[str
 
 
 def judges(data: Path) -> dict[str, dict[str, float]]:
-    """Return scikit-learn's nearest neighbours and support vector machine on the same images, as grey 28 × 28 pixels."""
+    """Return scikit-learn's nearest neighbours and support vector machine on the same images, 28 × 28 grey pixels."""
     images = read_images(data, reporter=LoggingReporter())
     pixels = hold_pixels(images.scan.table, build_backbone("mlp", num_classes=10).input_spec)
     arrays = {}
@@ -137,7 +137,7 @@ def table(results: dict[str, list[dict[str, Any]]], others: dict[str, dict[str, 
     lines += [
         f"| {name} | {found['accuracy']:.4f} | – | – | {found['seconds']} (fit and score) |"
         for name, found in others.items()
-    ]  # noqa: E501
+    ]
     return "\n".join(lines)
 
 
@@ -167,13 +167,13 @@ processors, no GPU; {versions}.
 
 {table(results, others)}
 
-The binomial standard error of 98.7 % on 2,000 images is 0.25 points. The epoch kept is chosen on the images it is scored
-on, so that column is optimistic; the last epoch is not chosen. Linear and knn have no epochs but the hinge's, and use the
-pixels of 32 × 32 images.
+The binomial standard error of 98.7 % on 2,000 images is 0.25 points. The epoch kept is chosen on the images it is
+scored on, so that column is optimistic; the last epoch is not chosen. Linear and knn have no epochs but the hinge's,
+and use the pixels of 32 × 32 images.
 
 An epoch of `lenet5` over the 8,000 (batches of {BATCH}, augmentation affine, medians of five epochs): loading alone
-{speed["loading alone"]:,.0f} images/s, computing alone {speed["computing alone"]:,.0f}, both together {speed["both"]:,.0f}.
-All images are decoded once, in {speed["decoding once, s"]} s.
+{speed["loading alone"]:,.0f} images/s, computing alone {speed["computing alone"]:,.0f}, both together
+{speed["both"]:,.0f}. All images are decoded once, in {speed["decoding once, s"]} s.
 """
     (HERE / "results" / "digits_from_scratch.json").write_text(json.dumps(record, indent=1) + "\n")
     (HERE / "results" / "digits_from_scratch.md").write_text(text)

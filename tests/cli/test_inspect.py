@@ -92,4 +92,5 @@ def test_what_cannot_be_inspected_is_refused(finetune: Callable[..., Any], tmp_p
     assert finetune("inspect", "vit_b_16", "--image-size", "100").code == 4
     assert finetune("inspect", "lenet5", "--image-size", "0").code == 2
     assert finetune("inspect", "lenet5", "--format", "json", "--output", tmp_path / "a.png").code == 2
+    assert finetune("inspect", "lenet5", "--output", tmp_path / "a.jpg").code == 2
     assert finetune("inspect", "lenet5", "--output", tmp_path / "no" / "folder" / "a.png").code == 6

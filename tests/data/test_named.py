@@ -344,6 +344,14 @@ class TestWriting:
         assert (first.was_there, again.was_there) == (False, True)
         assert (again.images_per_split, again.class_count) == (first.images_per_split, first.class_count)
 
+    def test_what_was_removed_from_a_finished_folder_comes_back(self, output: Path) -> None:
+        write("digits", output)
+        lost = next(output.rglob("*.png"))
+        content = lost.read_bytes()
+        lost.unlink()
+        assert not write("digits", output).was_there
+        assert lost.read_bytes() == content
+
     def test_the_mark_is_no_image(self, output: Path) -> None:
         write("digits", output)
         listing = list_images(output)

@@ -1,4 +1,4 @@
-"""Classic networks and baselines walk the same street: trained by name, saved, loaded, evaluated, predicted, inspected."""
+"""Classic networks and baselines walk the same street: trained by name, saved, scored, predicted, inspected."""
 
 import json
 import subprocess
@@ -49,6 +49,7 @@ def accuracy(run: Path) -> float:
         ("linear --channels 1 --loss hinge", 0.85),
         ("knn", 0.9),
         ("knn --channels 1 --shuffle-pixels", 0.9),
+        ("small_cnn --head knn", 0.8),
         ("efficientnet_lite0 --head knn --image-size 64", 0.5),
     ],
 )
@@ -107,16 +108,6 @@ def test_interrupted_training_of_tiny_images_ends_at_the_same_bits(
     assert finetune("train", "--output", tmp_path / "parts", "--resume", "--quiet").code == 0
     whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-
-
-def test_neighbours_are_found_again_on_resume(digits: Path, tmp_path: Path, finetune: Callable[..., Any]) -> None:
-    run = tmp_path / "run"
-    assert finetune("train", digits, "--model", "knn", "--output", run, "--quiet").code == 0
-    before = load_file(run / "model.safetensors")
-    outcome = finetune("train", "--output", run, "--resume", "--quiet")
-    assert outcome.code in (0, 4)  # a finished run without a step has nothing to go on from, and says so
-    after = load_file(run / "model.safetensors")
-    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_tampered_neighbours_are_refused(digits: Path, tmp_path: Path, finetune: Callable[..., Any]) -> None:
@@ -178,7 +169,6 @@ def test_run_of_the_first_version_is_still_loaded(flowers_run: Path, tmp_path: P
     ("options", "fault"),
     [
         ({"model": "knn"}, "--model knn needs --head knn"),
-        ({"head": "knn", "epochs": 3}, "learns nothing"),
         ({"head": "knn", "scenario": "large-similar"}, "freezes all"),
         ({"loss": "hinge", "head": "log_softmax"}, "--loss hinge needs --head logits"),
         ({"loss": "hinge", "label_smoothing": 0.1}, "--loss cross-entropy"),

@@ -113,9 +113,11 @@ def lenet5_1998(num_classes: int, *, channels: int) -> nn.Sequential:
     """Build LeNet-5 to the letter of the paper up to F6: 60,000 trainable parameters, each where table I puts it.
 
     Starting weights are uniform within ±2.4 / fan-in, biases too, the fan-in being the number of inputs of a unit
-    (appendix A). Sub-sampling has a coefficient and a bias a map and is squashed like every layer up to F6. The output is a linear
-    layer instead of the paper's radial basis units: those measure distances to hand-drawn 7 × 12 pictures of ASCII
-    characters, which other classes do not have, and give penalties where a cross-entropy needs logits.
+    (appendix A). Sub-sampling has a coefficient and a bias a map and is squashed like every layer up to F6.
+
+    The output is a linear layer instead of the paper's radial basis units: those measure distances to hand-drawn
+    7 × 12 pictures of ASCII characters, which other classes do not have, and give penalties where a cross-entropy needs
+    logits.
 
     Args:
         num_classes: K, the outputs.

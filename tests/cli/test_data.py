@@ -35,10 +35,13 @@ def test_a_rerun_says_that_they_are_there(finetune: Callable[..., Any], digits: 
 
 
 def test_the_splits_are_counted(finetune: Callable[..., Any], tmp_path: Path) -> None:
-    counts = {"images_per_split": {"train": 60000, "test": 10000}, "class_count": 10}
+    counts = {"images_per_split": {"train": 1200, "test": 3}, "class_count": 10}
     (tmp_path / ".finetune-data.json").write_text(json.dumps({"name": "mnist", "counts": counts}))
+    (tmp_path / "train" / "0").mkdir(parents=True)
+    for number in range(1203):
+        (tmp_path / "train" / "0" / f"{number}.png").touch()
     outcome = finetune("data", "mnist", "--output", tmp_path)
-    assert outcome.out.startswith("70,000 images (60,000 train, 10,000 test) of 10 classes already in ")
+    assert outcome.out.startswith("1,203 images (1,200 train, 3 test) of 10 classes already in ")
 
 
 @pytest.mark.parametrize(

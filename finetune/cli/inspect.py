@@ -114,8 +114,8 @@ def _table(anatomy: "Anatomy", *, width: int) -> str:
         ("stride", 80, lambda layer: _side(layer.stride)),
         ("first\ncentre", 120, lambda layer: _side(layer.centre)),
     ]
-    if anatomy.learning < anatomy.parameters:
-        columns.append(("state", 0, lambda layer: layer.state))
+    has_frozen = anatomy.learning < anatomy.parameters
+    columns.append(("state", 0 if has_frozen else 100, lambda layer: layer.state))
     shown = {title: cell for title, least, cell in columns if width >= least}
     rows = [[cell(layer) for cell in shown.values()] for layer in anatomy.layers]
     file = io.StringIO()

@@ -66,7 +66,6 @@ class ImageDataset(Dataset[Sample]):
         except ImageError as error:
             return error
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(
-                sample_seed(self.seed, epoch, index)
-            )  # not torch.manual_seed: that reseeds GPUs too
+            # Not torch.manual_seed: that reseeds GPUs too.
+            torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
             return self.transform(image_CHW), self.class_indices[index], row.image_path

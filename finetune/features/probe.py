@@ -105,7 +105,7 @@ def _fold_scores(rotated_NR: Array, class_indices_N: Array, folds: Sequence[tupl
     """Return accuracy and log loss (nats) of each strength on what each fold holds out, (S, F, 2).
 
     The strengths are tried from the strongest regularisation on, each solution starting the next, until the log loss
-    rises: it has one minimum along this path, and the solutions behind it take the longest to find.
+    rises: behind its minimum lie the solutions that overfit, and they take the longest to find.
     """
     solvers = [_solver(STRENGTHS[0]) for _ in folds]
     path: list[list[tuple[float, float]]] = []

@@ -127,7 +127,7 @@ def build_backbone(
             _load_from_file(entry, Path(weights)) if weights else _load_from_zoo(entry, use_pretrained)
         )
         # Only now: the zoo's weights bring the zoo's 1000-class head with them.
-        replace_head(module, num_classes, head="log_softmax" if head == "log_softmax" else "logits")
+        replace_head(module, num_classes, head=head)
     if image_size is not None and image_size != input_spec.image_size_px:
         input_spec = input_spec.at_size(image_size)
         _resize(entry, module, input_spec)

@@ -20,7 +20,7 @@ def test_the_table_shows_each_layer_and_the_totals(finetune: Callable[..., Any])
     assert outcome.code == 0
     lines = outcome.out.splitlines()
     assert next(line.split() for line in lines if "features.c3" in line) == [
-        *["features.c3", "Conv2d", "16×10×10", "2,416", "240,000", "14", "2", "6.5"]
+        *["features.c3", "Conv2d", "16×10×10", "2,416", "240,000", "14", "2", "6.5", "learning"]
     ]
     assert "61,706 parameters" in lines[-1]
     assert "416,520 multiply-adds" in lines[-1]

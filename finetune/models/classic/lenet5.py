@@ -83,8 +83,7 @@ class TableConvolution(nn.Module):
 def lenet5(num_classes: int, *, channels: int) -> nn.Sequential:
     """Build LeNet-5 as it is usually built: every map of C3 sees all of S2, ReLU, and sub-sampling takes the largest.
 
-    Image and layer sizes are the paper's. On the digits ReLU and the maximum beat the paper's squashing and averages.
-    Starting weights: He et al. 2015, Delving deep into rectifiers.
+    Image and layer sizes are the paper's. Starting weights: He et al. 2015, Delving deep into rectifiers.
 
     Args:
         num_classes: K, the outputs.

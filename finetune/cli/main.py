@@ -16,6 +16,7 @@ COMMANDS = {
     "data": "write a well-known data set as an image folder",
     "models": "list networks, their sizes and where their weights come from",
     "config": "show, validate or write the options of a training",
+    "cache": "list, prune or clear what is kept on disk to save work",
 }
 
 USAGE = """usage: finetune COMMAND ... [--quiet] [--debug]

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any, Literal
 
 from finetune.data.labels import match_label_names
+from finetune.data.listing import Listing
 from finetune.data.scan import Scan, require_few_bad
 from finetune.data.split import split_table
 from finetune.data.table import SPLITS, ImageRow, ImageTable, Split
@@ -20,6 +21,9 @@ FEW_IMAGES = 5
 
 MAX_IMBALANCE = 10
 """Above this ratio of the largest class to the smallest there is a warning: accuracy then rewards guessing."""
+
+
+CHECK_HINT = "`finetune check DATA` lists every finding with examples"
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,16 @@ def examine(
     )
 
 
+def require_classes(listing: Listing) -> None:
+    """Refuse a listing of fewer than two classes, before any image is read.
+
+    Raises:
+        DataError: naming what there is.
+    """
+    if len(listing.class_names) < 2:
+        raise DataError(_too_few_classes(listing.class_names), hint=CHECK_HINT)
+
+
 def require_trainable(diagnosis: Diagnosis) -> None:
     """Refuse a data set with errors.
 
@@ -110,7 +124,7 @@ def require_trainable(diagnosis: Diagnosis) -> None:
     if errors := diagnosis.of_severity("error"):
         raise DataError(
             f"the data cannot be trained on: {'; '.join(error.message for error in errors)}",
-            hint="`finetune check DATA` lists every finding with examples",
+            hint=CHECK_HINT,
         )
 
 
@@ -142,8 +156,7 @@ def _class_findings(scan: Scan, learned: ImageTable) -> Iterator[Finding]:
     if lost := sorted({row.label for row in scan.listing.rows} - readable):
         yield _finding("error", "unreadable_class", "classes of which no image can be read", lost)
     if len(counts) < 2:
-        found = first_ten(map(repr, counts)) or "none"
-        yield Finding("error", "too_few_classes", f"there must be at least two classes to learn, found: {found}")
+        yield Finding("error", "too_few_classes", _too_few_classes(counts))
         return
     if few := [name for name in learned.class_names if counts[name] < FEW_IMAGES]:
         yield _finding("warning", "few_images", f"classes with fewer than {FEW_IMAGES} training images", few)
@@ -156,6 +169,10 @@ def _class_findings(scan: Scan, learned: ImageTable) -> Iterator[Finding]:
         by_case[name.casefold()].append(name)
     if alike := [name for names in by_case.values() if len(names) > 1 for name in names]:
         yield _finding("warning", "classes_differ_by_case", "class names that differ by case only", alike)
+
+
+def _too_few_classes(class_names: Iterable[str]) -> str:
+    return f"there must be at least two classes to learn, found: {first_ten(map(repr, class_names)) or 'none'}"
 
 
 def _split_findings(table: ImageTable) -> Iterator[Finding]:

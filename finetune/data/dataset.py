@@ -1,15 +1,18 @@
 """An image table as a torch data set whose samples depend on nothing but (seed, epoch, index)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from finetune.data.decode import decode_image
-from finetune.data.table import ImageTable
+from finetune.data.picture_cache import PictureCache
+from finetune.data.table import ImageRow, ImageTable
+from finetune.data.transforms import Augmentation, to_tensor, training_transform
 from finetune.errors import ImageError
-from finetune.runs.records import LabelMap
+from finetune.runs.records import InputSpec, LabelMap
 
 SampleKey = int | tuple[int, int]
 """Index of an image, or (epoch, index) where the transform is random."""
@@ -17,18 +20,25 @@ SampleKey = int | tuple[int, int]
 Sample = tuple[torch.Tensor, int, str] | ImageError
 """Image (C, H, W) float32, class index, image path; or why the file could not be read."""
 
-Batch = tuple[torch.Tensor, torch.Tensor, Sequence[str]]
-"""Images (B, C, H, W), class indices (B,), image paths."""
+Batch = tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor, Sequence[str]]
+"""Images (B, C, H, W) or the tensors (B, …) that cross a cut, class indices (B,), image paths."""
+
+
+class LabelledDataset(Protocol):
+    """What the loaders take: samples, or whole batches, whose classes are known beforehand."""
+
+    class_indices: list[int]
+
+    def __len__(self) -> int:
+        """Count the images."""
+
+    def __getitem__(self, key: SampleKey) -> "Sample | Batch":
+        """Return one of them."""
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
     """Return the seed of all that is random about image `index` in `epoch`."""
     return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0] >> 1)
-
-
-def to_tensor(image_HWC: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]") -> torch.Tensor:
-    """View a decoded picture (H, W, 3) as a uint8 tensor (3, H, W)."""
-    return torch.from_numpy(image_HWC).permute(2, 0, 1)
 
 
 class ImageDataset(Dataset[Sample]):
@@ -37,8 +47,11 @@ class ImageDataset(Dataset[Sample]):
     Args:
         table: The images of one split.
         label_map: Gives each label its class index.
-        transform: From uint8 (3, H, W) to float32 (C, H, W).
-        seed: Makes a random transform a function of (seed, epoch, index), whichever process computes it.
+        spec: What the network expects of an image.
+        augmentation: The random changes of training; none for evaluation.
+        seed: Makes them a function of (seed, epoch, index), whichever process computes them.
+        pictures: Keeps the fitted pictures for the same `spec`, so that the next epoch need not decode them. The
+            samples are the same bits without it.
     """
 
     def __init__(
@@ -46,12 +59,17 @@ class ImageDataset(Dataset[Sample]):
         table: ImageTable,
         label_map: LabelMap,
         *,
-        transform: Callable[[torch.Tensor], torch.Tensor],
+        spec: InputSpec,
+        augmentation: Augmentation = "none",
         seed: int = 0,
+        pictures: PictureCache | None = None,
     ) -> None:
         self.table = table
-        self.transform = transform
+        self.spec = spec
+        self.transform = training_transform(spec, augmentation)
         self.seed = seed
+        self.pictures = pictures
+        self._epoch = 0
         self.class_indices = [label_map.index(row.label) for row in table.rows]
 
     def __len__(self) -> int:
@@ -62,10 +80,19 @@ class ImageDataset(Dataset[Sample]):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         row = self.table.rows[index]
         try:
-            image_CHW = to_tensor(decode_image(self.table.path(row)))
+            image_CHW = self._picture(row, epoch)
         except ImageError as error:
             return error
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: that reseeds GPUs too.
             torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
             return self.transform(image_CHW), self.class_indices[index], row.image_path
+
+    def _picture(self, row: ImageRow, epoch: int) -> torch.Tensor:
+        path = self.table.path(row)
+        if self.pictures is None:
+            return to_tensor(decode_image(path, short_side_px=self.spec.resize_px))
+        if epoch != self._epoch:  # in the last one, other workers have put what this one may be asked for now
+            self._epoch = epoch
+            self.pictures.refresh()
+        return self.pictures.picture(row, path)

@@ -9,7 +9,8 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -19,6 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from finetune.errors import ImageError, ImageFault
 
@@ -96,8 +98,13 @@ class Limits:
 
 DEFAULT_LIMITS = Limits()
 
+SHRINK_TOLERANCE = 0.97
+"""The share of the short side asked for that a reduced JPEG must still have: half of 500 px serves 256."""
 
-def decode_image(source: ImageSource, *, limits: Limits = DEFAULT_LIMITS, name: str = "") -> Pixels:
+
+def decode_image(
+    source: ImageSource, *, limits: Limits = DEFAULT_LIMITS, name: str = "", short_side_px: int | None = None
+) -> Pixels:
     """Decode one image into upright sRGB pixels.
 
     EXIF orientation and ICC profile are applied (and ignored where broken), 16-bit grey is scaled to 8 bits,
@@ -106,8 +113,11 @@ def decode_image(source: ImageSource, *, limits: Limits = DEFAULT_LIMITS, name: 
     Args:
         source: a path (text is always a path), the bytes of a file, a PIL image, or an array of uint8 in the shape HW,
             HW1 (grey), HW3 (RGB) or HW4 (RGBA). It is never changed.
-        limits: what to refuse.
+        limits: what to refuse, judged on the file and the full size of the picture.
         name: what errors call the image; its path where left out.
+        short_side_px: how long the short side must be at least, within SHRINK_TOLERANCE, in pixels. The file of a
+            larger JPEG is then decoded at 1/2, 1/4 or 1/8 of its size, which averages the pixels and saves most of the
+            time; what is wrong with it is found all the same. Every other source keeps its size.
 
     Returns:
         A contiguous array HWC of uint8 with three channels.
@@ -121,20 +131,35 @@ def decode_image(source: ImageSource, *, limits: Limits = DEFAULT_LIMITS, name: 
     data = source if isinstance(source, bytes) else None
     if isinstance(source, np.ndarray):
         source = _picture_of_array(source, name)
-    try:
-        with _quiet_pillow:
-            if isinstance(source, bytes):
-                return _upright_pixels(_opened(source, limits, name))
-            if isinstance(source, Image.Image):
-                _check_header(source, limits, name)
-                return _upright_pixels(source)
-    except (ImageError, MemoryError):
-        raise
-    except Image.DecompressionBombError as error:
-        raise ImageError("too_many_pixels", str(error), name) from error
-    except Exception as error:  # hostile bytes make the decoders raise whatever they please
-        raise ImageError(*_fault(error, data), name) from error
+    with _translated(name, data):
+        if isinstance(source, bytes):
+            image = _opened(source, limits, name)
+            if short_side_px is not None and isinstance(image, JpegImageFile):
+                _reduce(image, short_side_px)
+            return _upright_pixels(image)
+        if isinstance(source, Image.Image):
+            _check_header(source, limits, name)
+            return _upright_pixels(source)
     raise ImageError("not_an_image", f"{type(source).__name__} is no path, bytes, PIL image or array", name)
+
+
+def image_size(data: bytes, *, limits: Limits = DEFAULT_LIMITS, name: str = "image") -> tuple[int, int]:
+    """Return the full width and height in pixels of the upright picture in the bytes of a file.
+
+    Only the header is looked at, so that damage further on is not found; `decode_image` finds it.
+
+    Raises:
+        ImageError: if the header alone is reason to refuse the image.
+    """
+    with _translated(name, data):
+        image = _opened(data, limits, name)
+        width, height = image.size
+        # Pillow tells the upright size of a TIFF, and decodes a PNG to look for metadata behind its pixels.
+        is_upright = image.format == "TIFF" or (
+            image.format == "PNG" and not any(word in data for word in (b"eXIf", b"exif", b"com.adobe.xmp"))
+        )
+        is_turned = not is_upright and _orientation(image) >= 5
+    return (height, width) if is_turned else (width, height)
 
 
 def read_image_file(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -> bytes:
@@ -186,6 +211,20 @@ def perceptual_hash(image_HWC: Pixels) -> int | None:
     return int.from_bytes(np.packbits(rises).tobytes(), "big") if rises.any() else None
 
 
+@contextmanager
+def _translated(name: str, data: bytes | None) -> Iterator[None]:
+    """Keep Pillow quiet and turn whatever it raises into an `ImageError`; `data` are the bytes it works on."""
+    try:
+        with _quiet_pillow:
+            yield
+    except (ImageError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_many_pixels", str(error), name) from error
+    except Exception as error:  # hostile bytes make the decoders raise whatever they please
+        raise ImageError(*_fault(error, data), name) from error
+
+
 def _name_of(source: ImageSource) -> str:
     return os.fspath(source) if isinstance(source, str | os.PathLike) else "image"
 
@@ -200,6 +239,15 @@ def _opened(data: bytes, limits: Limits, name: str) -> Image.Image:
         image.verify()
         image = Image.open(BytesIO(data), formats=("PNG",))
     return image
+
+
+def _reduce(image: JpegImageFile, short_side_px: int) -> None:
+    """Have an opened JPEG decoded as small as its inverse cosine transform can make it and `short_side_px` allows."""
+    width, height = image.size
+    for factor in (8, 4, 2):
+        if min(width, height) // factor >= SHRINK_TOLERANCE * short_side_px:
+            image.draft(None, (width // factor, height // factor))
+            return
 
 
 def _picture_of_array(array: npt.NDArray[Any], name: str) -> Image.Image:
@@ -288,7 +336,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         transform, mode = found
         if image.mode == mode or (image.mode, mode) == ("L", "RGB"):
             return transform.apply(image.convert(mode))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # converting to the same mode would copy
 
 
 @lru_cache(maxsize=16)  # a transform takes milliseconds to build, and the images of one camera share their profile

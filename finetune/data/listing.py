@@ -40,6 +40,11 @@ class Listing:
     ignored_files: tuple[Path, ...] = ()
     problems: tuple[str, ...] = ()
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The distinct labels sorted as text."""
+        return tuple(sorted({row.label for row in self.rows}))
+
 
 def list_images(data: Path) -> Listing:
     """List the images of a folder or CSV file with the label, split and group each is given.

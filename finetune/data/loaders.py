@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler, Subset, default_collate
 
-from finetune.data.dataset import Batch, ImageDataset, Sample
+from finetune.data.dataset import Batch, ImageDataset, LabelledDataset, Sample
+from finetune.data.picture_cache import PictureCache
 from finetune.data.pixels import HeldDataset, HeldPixels
 from finetune.data.table import SPLITS, ImageTable
-from finetune.data.transforms import Augmentation, training_transform
+from finetune.data.transforms import Augmentation
 from finetune.errors import ImageError
 from finetune.runs.records import InputSpec, LabelMap
-
-LabelledDataset = ImageDataset | HeldDataset
 
 WORTH_MEASURING = 1_000  # images; below, starting workers and timing them costs more than they save
 MEASURED_BATCHES = 4
@@ -65,11 +64,11 @@ def labelled_dataset(
     augmentation: Augmentation = "none",
     seed: int = 0,
     pixels: HeldPixels | None = None,
+    pictures: PictureCache | None = None,
 ) -> LabelledDataset:
-    """Return the images of `table` as a data set: out of `pixels` where they are held, else from their files."""
+    """Return the images of `table` as a data set: out of `pixels`, where they are held, or `pictures`, or the files."""
     if pixels is None:
-        transform = training_transform(input_spec, augmentation)
-        return ImageDataset(table, label_map, transform=transform, seed=seed)
+        return ImageDataset(table, label_map, spec=input_spec, augmentation=augmentation, seed=seed, pictures=pictures)
     return HeldDataset(table, label_map, pixels=pixels, spec=input_spec, augmentation=augmentation, seed=seed)
 
 
@@ -96,11 +95,12 @@ def split_loaders(
     batch_size: int,
     workers: int = 0,
     pixels: HeldPixels | None = None,
+    pictures: PictureCache | None = None,
 ) -> dict[str, DataLoader[Any]]:
     """Return a loader for each split of `table` that has images, with the transform of evaluation."""
     return {
         split: evaluation_loader(
-            labelled_dataset(table.select(split), label_map, input_spec, pixels=pixels),
+            labelled_dataset(table.select(split), label_map, input_spec, pixels=pixels, pictures=pictures),
             batch_size=batch_size,
             workers=workers,
         )
@@ -120,7 +120,7 @@ def readable(batches: Iterable[Batch | ImageError]) -> Iterator[Batch]:
         yield batch
 
 
-def fastest_workers(dataset: LabelledDataset, *, batch_size: int, consume: Callable[[torch.Tensor], object]) -> int:
+def fastest_workers(dataset: LabelledDataset, *, batch_size: int, consume: Callable[[Any], object]) -> int:
     """Measure how many loader processes feed `consume`, the work done on each batch, at the highest rate.
 
     Small data sets are not measured, nor those held in memory: 0. Start-up is left out, for workers live as long as
@@ -129,7 +129,8 @@ def fastest_workers(dataset: LabelledDataset, *, batch_size: int, consume: Calla
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if len(dataset) < WORTH_MEASURING or cores < 2 or isinstance(dataset, HeldDataset):
         return 0
-    part = Subset(dataset, range(min(len(dataset), (MEASURED_BATCHES + 1) * batch_size)))
+    measured = range(min(len(dataset), (MEASURED_BATCHES + 1) * batch_size))
+    part: Subset[Any] = Subset(dataset, measured)  # type: ignore[arg-type]
     seconds = {
         workers: _seconds_a_batch(evaluation_loader(part, batch_size=batch_size, workers=workers), consume)
         for workers in sorted({0, cores // 2, cores})
@@ -137,7 +138,7 @@ def fastest_workers(dataset: LabelledDataset, *, batch_size: int, consume: Calla
     return min(seconds, key=lambda workers: seconds[workers])
 
 
-def _seconds_a_batch(loader: DataLoader[Any], consume: Callable[[torch.Tensor], object]) -> float:
+def _seconds_a_batch(loader: DataLoader[Any], consume: Callable[[Any], object]) -> float:
     batches = readable(loader)
     consume(next(batches)[0])
     start, count = time.perf_counter(), 0

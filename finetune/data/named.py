@@ -24,9 +24,9 @@ from PIL import Image
 
 from finetune.data.download import fetch
 from finetune.data.labels import LABEL_NAMES_FILE
-from finetune.data.scan import default_cache_folder
 from finetune.errors import ConfigError, DataError, FinetuneError, StorageError, nearest
 from finetune.runs import strict_json
+from finetune.runs.cache_folder import cache_folder
 from finetune.runs.folder import write_whole
 from finetune.runs.reporting import Reporter
 
@@ -101,7 +101,7 @@ def write_named(name: str, output: Path, *, source: Path | None = None, reporter
         finished = _read_mark(output, name)
     if finished:
         return finished
-    cache = default_cache_folder() / "data" / name
+    cache = cache_folder() / "data" / name
     with _disk(cache), _torchvision_root(cache) as root:
         if source is not None:
             _place_idx_files(source, root / "MNIST" / "raw")

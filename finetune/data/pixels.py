@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Dataset
 
-from finetune.data.dataset import Batch, SampleKey, sample_seed, to_tensor
+from finetune.data.dataset import Batch, SampleKey, sample_seed
 from finetune.data.decode import decode_image
 from finetune.data.table import ImageRow, ImageTable
-from finetune.data.transforms import BATCH_CHANGES, Augmentation, batch_transform, still_transform
+from finetune.data.transforms import BATCH_CHANGES, Augmentation, batch_transform, still_transform, to_tensor
 from finetune.runs.records import InputSpec, LabelMap
 
 MAX_SIDE_PX = 64  # of a tiny image; above, decoding no longer costs more than computing with it
@@ -45,7 +45,8 @@ def hold_pixels(table: ImageTable, spec: InputSpec) -> HeldPixels:
     transform = still_transform(spec)
 
     def prepare(row: ImageRow) -> torch.Tensor:
-        return torch.as_tensor(transform(to_tensor(decode_image(table.path(row)))))
+        image_HWC = decode_image(table.path(row), short_side_px=spec.resize_px)
+        return torch.as_tensor(transform(to_tensor(image_HWC)))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         images = list(pool.map(prepare, table.rows))

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from finetune.data.check import Diagnosis, examine
 from finetune.data.labels import find_label_names, read_label_names
-from finetune.data.listing import list_images
-from finetune.data.scan import Scan, default_cache_folder, scan_images
+from finetune.data.listing import Listing, list_images
+from finetune.data.scan import Onlooker, Scan, scan_images
+from finetune.runs.cache_folder import cache_folder
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
 
@@ -21,17 +22,34 @@ class LabelledImages:
 
 
 def read_images(
-    data: Path, *, label_names: Path | None = None, allow_bad_images: bool = False, reporter: Reporter
+    data: Path,
+    *,
+    listing: Listing | None = None,
+    label_names: Path | None = None,
+    allow_bad_images: bool = False,
+    onlooker: Onlooker | None = None,
+    reporter: Reporter,
 ) -> LabelledImages:
     """List and decode every image of `data` once, look up the label names, and examine the whole.
+
+    Args:
+        data: The folder or CSV.
+        listing: What `list_images` found in it, if it has been asked already.
+        label_names: The file with the names to show; by default a `cat_to_name.json` in or beside `data`.
+        allow_bad_images: Whether more unreadable images than the rule allows are no error.
+        onlooker: Is shown every picture that has to be decoded.
+        reporter: Shows progress.
 
     Raises:
         DataError: DATA is absent or in no known layout, or the label names cannot be read.
     """
-    listing = list_images(data)
+    listing = listing or list_images(data)
     with reporter.progress("Reading images", len(listing.rows)) as advance:
         scan = scan_images(
-            listing, cache_folder=default_cache_folder(), progress=lambda done, total: advance(1, f"{done} of {total}")
+            listing,
+            cache_folder=cache_folder(),
+            progress=lambda done, total: advance(1, f"{done} of {total}"),
+            onlooker=onlooker,
         )
     source = label_names or find_label_names(data)
     shown = read_label_names(source) if source else {}

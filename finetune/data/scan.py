@@ -9,18 +9,38 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 from finetune.data.csv_files import write_csv
-from finetune.data.decode import decode_image, perceptual_hash, read_image_file
+from finetune.data.decode import Pixels, decode_image, image_size, perceptual_hash, read_image_file
 from finetune.data.listing import Listing
 from finetune.data.table import ImageTable, Split
 from finetune.errors import DataError, ImageError, ImageFault, first_ten
+from finetune.runs.cache_folder import is_inside
 
 MAX_BAD_FRACTION = 0.01
 """How much of the training images may be unreadable before training is refused."""
 
-_CACHE_FORMAT = 1  # raise it when decoding or hashing changes
-_FILES_AT_ONCE = 1024  # queued for the threads; an interrupt waits for no more than those being decoded
+SHORT_SIDE_PX = 256
+"""To which a large photograph may be reduced while it is decoded, where nobody asks for more of it."""
+
+_CACHE_FORMAT = 2  # raise it when decoding or hashing changes
+_FILES_AT_ONCE = 64  # queued for the threads; an interrupt waits for no more than those being decoded
+
+
+class Onlooker(Protocol):
+    """Sees every picture that a scan decodes, so that nobody has to decode it a second time.
+
+    `short_side_px` is what it needs of a picture at least.
+    """
+
+    short_side_px: int
+
+    def prepare(self, image_HWC: Pixels, sha256: str) -> Any:
+        """Make what is to be kept of a picture, in one of several threads."""
+
+    def take(self, sha256: str, prepared: Any) -> None:
+        """Receive what `prepare` made, in the scan's own thread and in the order of the files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +65,14 @@ class Scan:
 
 @dataclass(frozen=True, kw_only=True)
 class _Look:
-    """What one file turned out to be, with the size and time it had then; `reason` is None for a good image."""
+    """What one file turned out to be, with the size and time it had then; `reason` is None for a good image.
+
+    A picture that may be reduced to another short side is another one to the perceptual hash.
+    """
 
     size_bytes: int = 0
     mtime_ns: int = 0
+    short_side_px: int = 0
     sha256: str = ""
     perceptual_hash: int | None = None
     width_px: int = 0
@@ -58,7 +82,11 @@ class _Look:
 
 
 def scan_images(
-    listing: Listing, *, cache_folder: Path | None = None, progress: Callable[[int, int], None] | None = None
+    listing: Listing,
+    *,
+    cache_folder: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    onlooker: Onlooker | None = None,
 ) -> Scan:
     """Decode every listed image once, in threads, and take down its hashes, its size and what is wrong with it.
 
@@ -67,29 +95,26 @@ def scan_images(
         cache_folder: where looks are kept, so that a file of unchanged path, size and time is not decoded again. None,
             or a folder inside the data, keeps nothing.
         progress: called with the files done and their total after each file.
+        onlooker: is shown every picture that has to be decoded.
     """
     cache_file = _cache_file(cache_folder, listing.root) if cache_folder else None
     known = _read_cache(cache_file) if cache_file else {}
     paths = [str(listing.root / row.image_path) for row in listing.rows]
     looks: dict[str, _Look] = {}
+    look_at = partial(_look_at, known=known, onlooker=onlooker)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(paths), _FILES_AT_ONCE):
             batch = paths[start : start + _FILES_AT_ONCE]
-            for path, look in zip(batch, pool.map(partial(_look_at, known=known), batch), strict=True):
+            # Whole batches, so that decoding threads and an onlooker that computes do not fight for the same cores.
+            for path, (look, prepared) in zip(batch, list(pool.map(look_at, batch)), strict=True):
                 looks[path] = look
+                if onlooker and prepared is not None:
+                    onlooker.take(look.sha256, prepared)
                 if progress:
                     progress(len(looks), len(paths))
     if cache_file:
         _write_cache(cache_file, known, looks)
     return _scan_of(listing, [looks[path] for path in paths])
-
-
-def default_cache_folder() -> Path:
-    """Return `$FINETUNE_CACHE`, or else `finetune` in the user's cache folder."""
-    if own := os.environ.get("FINETUNE_CACHE"):
-        return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "finetune"
 
 
 def write_bad_files(bad_files: Iterable[BadFile], path: Path) -> None:
@@ -130,29 +155,30 @@ def require_few_bad(scan: Scan, *, allow_bad_images: bool = False) -> None:
         )
 
 
-def _look_at(path: str, *, known: Mapping[str, _Look]) -> _Look:
-    """Decode the file at `path`, unless it is known and has not changed."""
+def _look_at(path: str, *, known: Mapping[str, _Look], onlooker: Onlooker | None) -> tuple[_Look, Any]:
+    """Decode the file at `path`, unless it is known and has not changed; return what an onlooker made of it, too."""
+    short_side_px = onlooker.short_side_px if onlooker else SHORT_SIDE_PX
     try:
         status = os.stat(path)  # noqa: PTH116 - before reading, so that a change in between shows up in the next scan
-        look = _Look(size_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
+        look = _Look(size_bytes=status.st_size, mtime_ns=status.st_mtime_ns, short_side_px=short_side_px)
     except (OSError, ValueError):
-        look = _Look()
+        look = _Look(short_side_px=short_side_px)
     before = known.get(path)
-    if before and (before.size_bytes, before.mtime_ns) == (look.size_bytes, look.mtime_ns):
-        return before
+    if before and _stamp(before) == _stamp(look):
+        return before, None
     try:
         data = read_image_file(path)
-        image_HWC = decode_image(data)
+        width, height = image_size(data)
+        image_HWC = decode_image(data, short_side_px=short_side_px)
     except ImageError as error:
-        return replace(look, reason=error.reason, detail=error.detail)
-    height, width = image_HWC.shape[:2]
-    return replace(
-        look,
-        sha256=hashlib.sha256(data).hexdigest(),
-        perceptual_hash=perceptual_hash(image_HWC),
-        width_px=width,
-        height_px=height,
-    )
+        return replace(look, reason=error.reason, detail=error.detail), None
+    sha256 = hashlib.sha256(data).hexdigest()
+    look = replace(look, sha256=sha256, perceptual_hash=perceptual_hash(image_HWC), width_px=width, height_px=height)
+    return look, onlooker.prepare(image_HWC, sha256) if onlooker else None
+
+
+def _stamp(look: _Look) -> tuple[int, int, int]:
+    return look.size_bytes, look.mtime_ns, look.short_side_px
 
 
 def _scan_of(listing: Listing, looks: list[_Look]) -> Scan:
@@ -177,10 +203,8 @@ def _scan_of(listing: Listing, looks: list[_Look]) -> Scan:
 
 def _cache_file(cache_folder: Path, root: Path) -> Path | None:
     """Return the file for the looks at `root`, or None where writing it would change the user's data."""
-    folder = (cache_folder / "scans").resolve()
-    if folder.is_relative_to(root.resolve()):
-        return None
-    return folder / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.json"
+    folder = cache_folder / "scans"
+    return None if is_inside(folder, root) else folder / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.json"
 
 
 def _read_cache(path: Path) -> dict[str, _Look]:

@@ -1,4 +1,9 @@
-"""From decoded pixels to what a network expects, and back; every number comes from an InputSpec."""
+"""From decoded pixels to what a network expects, and back; every number comes from an InputSpec.
+
+The order of steps is one: a picture is first *fitted*, shrunk to the `resize_px` of the network if it is larger, and
+everything else, the random crops of training too, starts from the fitted picture. So fitted pictures are what a cache
+holds, and every transform here takes a picture of any size or a fitted one and gives the same bits.
+"""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -9,6 +14,7 @@ from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
 from finetune.data.augment import BatchChange, CropAndFlip, Lighting, OneByOne, ShufflePixels, SmallAffine
+from finetune.data.decode import Pixels
 from finetune.runs.records import InputSpec
 
 # Shapes: B batch, C channels, H height, W width.
@@ -19,6 +25,20 @@ BATCH_CHANGES: dict[str, BatchChange | None] = {"none": None, "affine": SmallAff
 """The augmentations that change what `still_transform` gives, so that a whole batch can be changed at once."""
 
 SMALLEST_CROP = 0.35  # share of the picture that a random crop keeps at least; smaller ones often miss the object
+
+
+def to_tensor(image_HWC: Pixels) -> torch.Tensor:
+    """View a decoded picture (H, W, 3) as a uint8 tensor (3, H, W)."""
+    return torch.from_numpy(image_HWC).permute(2, 0, 1)
+
+
+def fit_transform(spec: InputSpec) -> v2.Compose:
+    """Build the first step of all: uint8 (3, H, W) of any size → uint8 (C, H', W').
+
+    It shrinks the short side to the `resize_px` of `spec` where it is longer, never enlarges, and makes the picture
+    grey for a network that sees grey. A fitted picture stays as it is.
+    """
+    return v2.Compose([*_channels(spec), Shrink(spec)])
 
 
 def evaluation_transform(spec: InputSpec) -> v2.Compose:
@@ -62,10 +82,10 @@ def batch_transform(
 
 
 def training_transform(spec: InputSpec, augmentation: Augmentation) -> v2.Compose:
-    """Build the transform of training: random changes, then the same normalisation as in evaluation.
+    """Build the transform of training: random changes of the fitted picture, then the normalisation of evaluation.
 
     - `none` is the evaluation transform.
-    - `light` takes a random crop and flips it.
+    - `light` takes a random crop out of the fitted picture, not of a photograph at its own size, and flips it.
     - `trivial` is `light` with TrivialAugment (Müller 2021, arXiv 2103.10158).
     - `flowers` rotates by up to 45°, flips both ways and changes colours.
     - `affine` rotates, shears, scales and shifts a little: for digits, letters and whatever must not be mirrored.
@@ -77,6 +97,7 @@ def training_transform(spec: InputSpec, augmentation: Augmentation) -> v2.Compos
         change = BATCH_CHANGES[augmentation]
         return v2.Compose([*_still(spec), to_unit, *([OneByOne(change)] if change else []), *finish])
     crop = [
+        Shrink(spec),
         v2.RandomResizedCrop(spec.image_size_px, (SMALLEST_CROP, 1.0), interpolation=interpolation, antialias=True),
         v2.RandomHorizontalFlip(),
     ]
@@ -99,6 +120,19 @@ def training_transform(spec: InputSpec, augmentation: Augmentation) -> v2.Compos
     }
     lighting = [Lighting()] if augmentation == "alexnet" else []
     return v2.Compose([*_channels(spec), *steps[augmentation], to_unit, *lighting, *finish])
+
+
+class Shrink(nn.Module):
+    """Resizes a picture to the `resize_px` of `spec` if its short side is longer, and leaves any other as it is."""
+
+    def __init__(self, spec: InputSpec) -> None:
+        super().__init__()
+        self.short_side_px = spec.resize_px
+        self.resize = _resize(spec)
+
+    def forward(self, image_CHW: torch.Tensor) -> torch.Tensor:
+        """Take and return uint8 (C, H, W)."""
+        return self.resize(image_CHW) if min(image_CHW.shape[-2:]) > self.short_side_px else image_CHW
 
 
 def unnormalize(images_BCHW: torch.Tensor, spec: InputSpec) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from finetune.data.dataset import to_tensor
 from finetune.data.decode import decode_image, looks_like_image
+from finetune.data.transforms import to_tensor
 from finetune.errors import ImageError, PredictionInputError
 from finetune.prediction.classifier import Classifier
 from finetune.runs.records import FailedPrediction, Prediction
@@ -53,7 +53,8 @@ def predict_many(
 
     def prepare(path: Path) -> torch.Tensor | ImageError:
         try:
-            return torch.as_tensor(classifier.transform(to_tensor(decode_image(path))))
+            image_HWC = decode_image(path, short_side_px=classifier.metadata.input_spec.resize_px)
+            return torch.as_tensor(classifier.transform(to_tensor(image_HWC)))
         except ImageError as error:
             return error
 

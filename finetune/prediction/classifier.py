@@ -10,9 +10,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from finetune.data.dataset import to_tensor
 from finetune.data.decode import decode_image
-from finetune.data.transforms import evaluation_transform
+from finetune.data.transforms import evaluation_transform, to_tensor
 from finetune.errors import ImageError, PredictionInputError
 from finetune.evaluation.infer import probabilities_of
 from finetune.models.device import resolve_device
@@ -89,7 +88,8 @@ class Classifier:
             PredictionInputError: It cannot be read.
         """
         try:
-            return torch.as_tensor(self.transform(to_tensor(decode_image(image))))
+            image_HWC = decode_image(image, short_side_px=self.metadata.input_spec.resize_px)
+            return torch.as_tensor(self.transform(to_tensor(image_HWC)))
         except ImageError as error:
             raise PredictionInputError(error.message) from error
 

@@ -7,9 +7,8 @@ import numpy as np
 import torch
 
 from finetune.data.csv_files import read_csv
-from finetune.data.dataset import to_tensor
 from finetune.data.decode import decode_image
-from finetune.data.transforms import evaluation_transform, unnormalize
+from finetune.data.transforms import evaluation_transform, to_tensor, unnormalize
 from finetune.report.charts import draw_confusion_matrix, draw_curves, draw_samples
 from finetune.runs.folder import RunFolder
 from finetune.runs.model_file import read_metadata
@@ -67,4 +66,5 @@ def _spread(rows: list[dict[str, str]], count: int) -> list[dict[str, str]]:
 def _pictures(paths: list[Path], spec: InputSpec) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Return the images as the network sees them, (N, H, W, 3) uint8."""
     transform = evaluation_transform(spec)
-    return unnormalize(torch.stack([transform(to_tensor(decode_image(path))) for path in paths]), spec)
+    decoded = (decode_image(path, short_side_px=spec.resize_px) for path in paths)
+    return unnormalize(torch.stack([transform(to_tensor(image_HWC)) for image_HWC in decoded]), spec)

@@ -1,7 +1,7 @@
 """The frozen records the rooms hand to each other. No torch here: reading a run folder must stay quick."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -88,6 +88,11 @@ class LabelMap:
     def index(self, class_name: str) -> int:
         """Return the class index of `class_name`, its place in the model's outputs."""
         return self.class_names.index(class_name)
+
+    def indices(self, class_names: Iterable[str]) -> list[int]:
+        """Return the class index of each of many class names."""
+        place = {name: index for index, name in enumerate(self.class_names)}
+        return [place[name] for name in class_names]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.data.dataset import ImageDataset, to_tensor
+from finetune.data.dataset import ImageDataset, sample_seed
+from finetune.data.decode import decode_image
 from finetune.data.loaders import Batch, evaluation_loader, readable, training_loader
 from finetune.data.table import ImageRow, ImageTable
-from finetune.data.transforms import evaluation_transform, training_transform
+from finetune.data.transforms import Augmentation, to_tensor, training_transform
 from finetune.errors import ImageError
 from finetune.runs.records import InputSpec, LabelMap
 
@@ -32,7 +33,7 @@ def table(tmp_path: Path, picture: Callable[..., Image.Image]) -> ImageTable:
 
 
 def random_dataset(table: ImageTable, seed: int = 0) -> ImageDataset:
-    return ImageDataset(table, LABELS, transform=training_transform(SPEC, "flowers"), seed=seed)
+    return ImageDataset(table, LABELS, spec=SPEC, augmentation="flowers", seed=seed)
 
 
 def until_error(batches: Iterator[Batch]) -> tuple[list[list[str]], ImageError]:
@@ -46,15 +47,8 @@ def until_error(batches: Iterator[Batch]) -> tuple[list[list[str]], ImageError]:
     raise AssertionError("no error came")
 
 
-def test_decoded_picture_is_seen_as_channels_first() -> None:
-    image_HWC = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    tensor = to_tensor(image_HWC)
-    assert tensor.shape == (3, 2, 4)
-    assert tensor[:, 1, 2].tolist() == image_HWC[1, 2].tolist()
-
-
 def test_sample_holds_image_class_index_and_path(table: ImageTable) -> None:
-    dataset = ImageDataset(table, LABELS, transform=evaluation_transform(SPEC))
+    dataset = ImageDataset(table, LABELS, spec=SPEC)
     assert len(dataset) == IMAGES
     image_CHW, class_index, image_path = dataset[1]
     assert (image_CHW.shape, image_CHW.dtype) == ((3, 16, 16), torch.float32)
@@ -110,6 +104,22 @@ def test_generators_of_the_gpus_are_left_alone(table: ImageTable, monkeypatch: p
     assert seeded == []
 
 
+@pytest.mark.parametrize("augmentation", ["none", "light"])
+def test_large_photograph_is_decoded_reduced_as_it_is_for_prediction(
+    tmp_path: Path, picture: Callable[..., Image.Image], augmentation: Augmentation
+) -> None:
+    path = tmp_path / "large.jpg"
+    picture(1, width=400, height=300).save(path, quality=95)
+    row = ImageRow(image_path=path.name, label="2")
+    dataset = ImageDataset(ImageTable(tmp_path, (row,)), LABELS, spec=SPEC, augmentation=augmentation, seed=3)
+    transform = training_transform(SPEC, augmentation)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(sample_seed(3, 0, 0))
+        expected_CHW = transform(to_tensor(decode_image(path, short_side_px=SPEC.resize_px)))
+    assert torch.equal(dataset[0][0], expected_CHW)
+    assert decode_image(path, short_side_px=SPEC.resize_px).shape == (38, 50, 3)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     ("content", "reason"), [(None, "missing"), (b"", "empty"), (b"\x89PNG\r\n\x1a\n", "truncated")], ids=str
@@ -121,7 +131,7 @@ def test_unreadable_file_surfaces_with_its_name(
     spoilt.unlink()
     if content is not None:
         spoilt.write_bytes(content)
-    dataset = ImageDataset(table, LABELS, transform=evaluation_transform(SPEC))
+    dataset = ImageDataset(table, LABELS, spec=SPEC)
     batches = readable(evaluation_loader(dataset, batch_size=2, workers=workers))
     seen, error = until_error(batches)
     assert seen == [["0.png", "1.png"], ["2.png", "3.png"]]

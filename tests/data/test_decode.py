@@ -16,7 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile
 
-from finetune.data.decode import DEFAULT_LIMITS, Limits, decode_image, looks_like_image, perceptual_hash
+from finetune.data.decode import (
+    DEFAULT_LIMITS,
+    Limits,
+    decode_image,
+    image_size,
+    looks_like_image,
+    perceptual_hash,
+)
 from finetune.errors import ImageError
 
 TURNS = Image.Transpose
@@ -131,7 +138,7 @@ def test_refused_with_its_reason_whatever_its_name(case, extension, data, encode
     make, reason = REFUSED[case]
     content = make(encode, picture)
     file = data.add(f"x{extension}", content)
-    assert reason_of(content) == reason
+    assert reason_of(content) == reason_of(content, short_side_px=8) == reason
     with pytest.raises(ImageError) as caught:
         decode_image(file)
     assert caught.value.reason == reason
@@ -457,6 +464,148 @@ def test_damaged_files_raise_nothing_but_image_errors(name, cut, flips):
     else:
         assert pixels.ndim == 3
         assert pixels.shape[2] == 3
+
+
+@pytest.mark.parametrize(
+    ("short_side_px", "shape"),
+    [
+        (None, (400, 600)),
+        (400, (400, 600)),
+        (207, (400, 600)),
+        (206, (200, 300)),  # 200 is 0.97 of it
+        (200, (200, 300)),
+        (101, (100, 150)),
+        (50, (50, 75)),
+        (1, (50, 75)),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=["baseline", "progressive"])
+def test_large_jpeg_is_reduced_as_far_as_it_may(options, short_side_px, shape, encode, picture):
+    content = encode(picture(width=600, height=400), "JPEG", quality=95, **options)
+    image_HWC = decode_image(content, short_side_px=short_side_px)
+    assert image_HWC.shape == (*shape, 3)
+    averaged = np.asarray(picture(width=600, height=400).resize(shape[::-1], Image.Resampling.BOX))
+    np.testing.assert_allclose(image_HWC.astype(int), averaged.astype(int), atol=8)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_reduced_jpeg_of_every_colour_model(mode, encode, picture):
+    content = encode(picture(width=320, height=240).convert(mode), "JPEG", quality=95)
+    whole = Image.fromarray(decode_image(content)).resize((80, 60), Image.Resampling.BOX)
+    reduced_HWC = decode_image(content, short_side_px=60)
+    np.testing.assert_allclose(reduced_HWC.astype(int), np.asarray(whole).astype(int), atol=4)
+
+
+def test_reduced_jpeg_keeps_its_colour_profile(encode, picture):
+    upright = picture(width=320, height=240)
+    options = {"quality": 95, "icc_profile": srgb_profile(red_and_green_swapped=True)}
+    reduced_HWC = decode_image(encode(upright, "JPEG", **options), short_side_px=60)
+    expected = np.asarray(upright.resize((80, 60), Image.Resampling.BOX))[:, :, [1, 0, 2]]
+    np.testing.assert_allclose(reduced_HWC.astype(int), expected.astype(int), atol=8)
+
+
+@pytest.mark.parametrize("format_name", ["JPEG", "MPO"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_reduced_jpeg_is_turned_upright(orientation, format_name, encode, picture):
+    upright = picture(3, width=320, height=240)
+    turn = STORED[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"save_all": True, "append_images": [picture(1)]} if format_name == "MPO" else {}
+    stored = upright if turn is None else upright.transpose(turn)
+    content = encode(stored, format_name, exif=exif, quality=95, **options)
+    expected = np.asarray(upright.resize((80, 60), Image.Resampling.BOX))
+    np.testing.assert_allclose(decode_image(content, short_side_px=60).astype(int), expected.astype(int), atol=8)
+    assert image_size(content) == (320, 240)
+
+
+def test_limits_are_judged_on_the_full_size_of_a_reduced_jpeg(encode, picture):
+    content = encode(picture(width=320, height=240), "JPEG")
+    assert reason_of(content, short_side_px=30, limits=Limits(max_pixels=320 * 240 - 1)) == "too_many_pixels"
+    assert reason_of(content, short_side_px=30, limits=Limits(max_side_px=319)) == "too_large"
+    assert decode_image(content, short_side_px=30, limits=Limits(min_side_px=240)).shape == (30, 40, 3)
+
+
+def test_only_files_of_jpeg_are_reduced(encode, picture):
+    upright = picture(width=320, height=240)
+    sources = [encode(upright, name) for name in ("PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")]
+    lazy = Image.open(BytesIO(encode(upright, "JPEG")))
+    for source in (*sources, upright, np.asarray(upright), lazy):
+        assert decode_image(source, short_side_px=30).shape == (240, 320, 3)
+    assert lazy.size == (320, 240)
+
+
+@cache
+def large_jpegs():
+    """Return JPEGs of every kind that differs in how a decoder meets damage."""
+    colours = np.random.default_rng(5).integers(0, 256, (12, 16, 4), dtype=np.uint8)
+    files = {}
+    for mode, options in (
+        ("RGB", {}),
+        ("RGB", {"progressive": True}),
+        ("RGB", {"restart_marker_blocks": 3}),
+        ("RGB", {"subsampling": 0}),
+        ("L", {}),
+        ("L", {"progressive": True}),
+        ("CMYK", {}),
+    ):
+        buffer = BytesIO()
+        bands = [Image.fromarray(colours[:, :, n]) for n in range(len(Image.new(mode, (1, 1)).getbands()))]
+        Image.merge(mode, bands).resize((160, 120), Image.Resampling.BICUBIC).save(buffer, "JPEG", **options)
+        files[mode, *options] = buffer.getvalue()
+    return files
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    name=st.sampled_from(sorted(large_jpegs())),
+    cut=st.one_of(st.just(1.0), st.floats(0, 1)),
+    flips=st.lists(st.tuples(st.integers(0, 9000), st.integers(1, 255)), max_size=4),
+    short_side_px=st.sampled_from([15, 30, 60]),
+)
+def test_damage_is_found_in_a_reduced_jpeg_exactly_as_in_the_whole(name, cut, flips, short_side_px):
+    content = bytearray(large_jpegs()[name])
+    for at, mask in flips:
+        content[at % len(content)] ^= mask
+    outcomes = []
+    for option in (None, short_side_px):
+        try:
+            decode_image(bytes(content[: round(cut * len(content))]), short_side_px=option)
+            outcomes.append("read")
+        except ImageError as error:
+            outcomes.append((error.reason, error.detail))
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("format_name", ["PNG", "TIFF", "WEBP", "JPEG"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_size_in_the_header_is_that_of_the_upright_picture(orientation, format_name, encode, picture):
+    turn = STORED[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = picture() if turn is None else picture().transpose(turn)
+    content = encode(stored, format_name, exif=exif)
+    height, width, _ = decode_image(content).shape
+    assert image_size(content) == (width, height) == (64, 48)
+    assert image_size(encode(picture(), format_name)) == (64, 48)
+
+
+def test_orientation_behind_the_pixels_of_a_png_counts_for_its_size(encode, picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encode(picture())
+    end = content.index(b"IEND") - 4
+    turned = content[:end] + chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + content[end:]
+    assert decode_image(turned).shape == (64, 48, 3)
+    assert image_size(turned) == (48, 64)
+
+
+@pytest.mark.parametrize("case", ["0 bytes", "50,000 × 50,000 bomb", "7 × 7", "text", "PDF", "32-bit float TIFF"])
+def test_size_of_what_the_header_rules_out_is_refused(case, encode, picture):
+    make, reason = REFUSED[case]
+    with pytest.raises(ImageError, match=r"^upload: ") as caught:
+        image_size(make(encode, picture), name="upload")
+    assert caught.value.reason == reason
 
 
 def test_pillow_warnings_are_silent_in_every_thread_and_filters_are_restored(encode, picture):

@@ -23,7 +23,6 @@ from finetune.data.loaders import (
     training_loader,
 )
 from finetune.data.table import ImageRow, ImageTable
-from finetune.data.transforms import evaluation_transform
 from finetune.errors import ImageError
 from finetune.runs.records import InputSpec, LabelMap
 
@@ -44,7 +43,7 @@ def table(tmp_path: Path, picture: Callable[..., Image.Image]) -> ImageTable:
 
 @pytest.fixture
 def dataset(table: ImageTable) -> ImageDataset:
-    return ImageDataset(table, LABELS, transform=evaluation_transform(SPEC))
+    return ImageDataset(table, LABELS, spec=SPEC)
 
 
 def test_an_epoch_is_a_permutation_in_batches() -> None:

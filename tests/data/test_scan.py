@@ -2,17 +2,21 @@ import csv
 import json
 import os
 import shutil
+import threading
 import time
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from finetune.data import scan as scan_module
 from finetune.data.csv_files import read_csv, write_csv
 from finetune.data.listing import list_images
-from finetune.data.scan import default_cache_folder, require_few_bad, scan_images, write_bad_files
+from finetune.data.scan import require_few_bad, scan_images, write_bad_files
 from finetune.errors import DataError, StorageError
 
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
@@ -368,6 +372,12 @@ def test_scan_names_bad_files_and_reports_progress(data, tmp_path):
     assert second[:2] == ["b/text.png", "not_an_image"]
 
 
+def picture_bytes(height, width, kind="PNG"):
+    file = BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(file, kind)
+    return file.getvalue()
+
+
 def test_disk_that_refuses(tmp_path):
     with pytest.raises(StorageError):
         write_bad_files([], tmp_path / "absent" / "bad_files.csv")
@@ -375,16 +385,65 @@ def test_disk_that_refuses(tmp_path):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Return the list of the sizes of files decoded since."""
+    """Return the list of the sizes of files that were not known and have been opened since."""
     sizes = []
-    real = scan_module.decode_image
+    real = scan_module.image_size
 
     def counted(content):
         sizes.append(len(content))
         return real(content)
 
-    monkeypatch.setattr(scan_module, "decode_image", counted)
+    monkeypatch.setattr(scan_module, "image_size", counted)
     return sizes
+
+
+class Keeper:
+    """An onlooker that keeps the mean of every picture it is shown."""
+
+    def __init__(self, short_side_px=scan_module.SHORT_SIDE_PX):
+        self.short_side_px = short_side_px
+        self.taken = []
+        self.threads = set()
+
+    def prepare(self, image_HWC, sha256):
+        self.threads.add(threading.current_thread())
+        return None if image_HWC.shape[0] == 9 else (sha256, image_HWC.shape[:2])
+
+    def take(self, sha256, prepared):
+        assert threading.current_thread() is threading.main_thread()
+        assert prepared[0] == sha256
+        self.taken.append(prepared)
+
+
+def test_onlooker_is_shown_every_new_picture_in_order_and_no_bad_file(data, tmp_path):
+    data.images("a/1.png", "a/2.png", "b/3.png")
+    data.add("b/bad.png", "no picture")
+    keeper = Keeper()
+    scan = scan_images(list_images(data.path), cache_folder=tmp_path / "cache", onlooker=keeper)
+    assert [sha256 for sha256, _ in keeper.taken] == [row.sha256 for row in scan.table.rows]
+    assert threading.main_thread() not in keeper.threads
+    second = Keeper()
+    assert scan_images(list_images(data.path), cache_folder=tmp_path / "cache", onlooker=second) == scan
+    assert second.taken == []
+
+
+def test_what_an_onlooker_does_not_want_is_not_given_to_it(data):
+    data.add("a/1.png", picture_bytes(9, 20))
+    data.add("a/2.png", picture_bytes(20, 9))
+    keeper = Keeper()
+    scan_images(list_images(data.path), onlooker=keeper)
+    assert [size for _, size in keeper.taken] == [(20, 9)]
+
+
+def test_large_photographs_are_reduced_to_what_an_onlooker_needs(data, tmp_path):
+    data.add("a/1.jpg", picture_bytes(400, 500, kind="JPEG"))
+    sizes = {}
+    for short_side_px in (90, 256):
+        keeper = Keeper(short_side_px)
+        scan = scan_images(list_images(data.path), cache_folder=tmp_path / "cache", onlooker=keeper)
+        sizes[short_side_px] = [size for _, size in keeper.taken]
+        assert (scan.table.rows[0].width_px, scan.table.rows[0].height_px) == (500, 400)
+    assert sizes == {90: [(100, 125)], 256: [(400, 500)]}
 
 
 def test_second_scan_decodes_only_what_changed(data, tmp_path, decoded):
@@ -447,17 +506,6 @@ def test_mended_permission_is_seen_at_once(data, tmp_path, monkeypatch):
         patched.setattr(Path, "read_bytes", refuse)
         assert scan_images(list_images(data.path), cache_folder=tmp_path / "cache").bad_files
     assert not scan_images(list_images(data.path), cache_folder=tmp_path / "cache").bad_files
-
-
-def test_default_cache_folder(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/someone")
-    monkeypatch.delenv("FINETUNE_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert default_cache_folder() == Path("/home/someone/.cache/finetune")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert default_cache_folder() == Path("/x/finetune")
-    monkeypatch.setenv("FINETUNE_CACHE", "/own")
-    assert default_cache_folder() == Path("/own")
 
 
 def scan_with_bad(data, *, good, bad, split="train"):

@@ -1,14 +1,23 @@
 """From decoded pixels to what a network expects, and back, by the numbers of an InputSpec."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
-from finetune.data.transforms import evaluation_transform, training_transform, unnormalize
+from finetune.data.transforms import (
+    Augmentation,
+    Shrink,
+    evaluation_transform,
+    fit_transform,
+    to_tensor,
+    training_transform,
+    unnormalize,
+    whole_picture_transform,
+)
 from finetune.runs.records import InputSpec
 
 IMAGENET = InputSpec(
@@ -17,11 +26,19 @@ IMAGENET = InputSpec(
 SMALL = replace(IMAGENET, image_size_px=24, resize_px=28)
 GREY = replace(SMALL, mean=(0.1307,), std=(0.3081,))
 AUGMENTATIONS = ("none", "light", "flowers", "trivial")
+SIZES = {"larger": (60, 90), "portrait": (91, 43), "as it is": (28, 40), "smaller": (20, 35), "one side": (27, 300)}
 
 
 def noise(height: int, width: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(height * 1000 + width)
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def test_decoded_picture_is_seen_as_channels_first() -> None:
+    image_HWC = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    tensor = to_tensor(image_HWC)
+    assert tensor.shape == (3, 2, 4)
+    assert tensor[:, 1, 2].tolist() == image_HWC[1, 2].tolist()
 
 
 @pytest.mark.parametrize(("height", "width"), [(28, 28), (31, 200), (200, 31), (8, 9), (24, 24)])
@@ -109,6 +126,56 @@ def test_no_augmentation_is_the_evaluation_transform() -> None:
     assert torch.equal(training_transform(SMALL, "none")(picture), evaluation_transform(SMALL)(picture))
 
 
+@pytest.mark.parametrize(
+    ("size", "fitted"), [((60, 90), (28, 42)), ((90, 60), (42, 28)), ((28, 40), (28, 40)), ((20, 35), (20, 35))]
+)
+@pytest.mark.parametrize("spec", [SMALL, GREY], ids=["colour", "grey"])
+def test_fitting_shrinks_the_short_side_and_never_enlarges(
+    spec: InputSpec, size: tuple[int, int], fitted: tuple[int, int]
+) -> None:
+    picture_CHW = fit_transform(spec)(noise(*size))
+    assert picture_CHW.shape == (spec.channels, *fitted)
+    assert picture_CHW.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("spec", [SMALL, GREY], ids=["colour", "grey"])
+def test_fitted_picture_gives_the_same_bits_as_the_picture(
+    spec: InputSpec, interpolation: Any, size: tuple[int, int]
+) -> None:
+    spec = replace(spec, interpolation=interpolation)
+    picture = to_tensor(noise(*size).permute(1, 2, 0).numpy())  # laid out as the decoder does
+    fitted = fit_transform(spec)(picture)
+    assert torch.equal(fit_transform(spec)(fitted), fitted)
+    for transform in (evaluation_transform(spec), whole_picture_transform(spec)):
+        assert torch.equal(transform(fitted), transform(picture))
+    for augmentation in get_args(Augmentation):
+        transform = training_transform(spec, augmentation)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(7)
+            expected = transform(picture)
+            torch.default_generator.manual_seed(7)
+            assert torch.equal(transform(fitted), expected), augmentation
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_evaluation_resizes_the_picture_itself_once(size: tuple[int, int]) -> None:
+    picture = noise(*size)
+    once = v2.CenterCrop(24)(v2.Resize(28, InterpolationMode.BILINEAR, antialias=True)(picture))
+    expected = v2.Normalize(list(SMALL.mean), list(SMALL.std))(v2.ToDtype(torch.float32, scale=True)(once))
+    assert torch.equal(evaluation_transform(SMALL)(fit_transform(SMALL)(picture)), expected)
+
+
+def test_random_crop_is_cut_out_of_the_fitted_picture() -> None:
+    stripes = torch.zeros(3, 280, 280, dtype=torch.uint8)
+    stripes[:, :, ::2] = 200  # one pixel wide: gone once the picture is shrunk to a tenth
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        crops = torch.stack([training_transform(SMALL, "light")(stripes) for _ in range(20)])
+    assert abs(unnormalize(crops, SMALL).astype(int) - 100).max() <= 10
+
+
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS[1:])
 def test_augmentation_changes_from_draw_to_draw(augmentation: Any) -> None:
     picture = noise(40, 40)
@@ -157,10 +224,12 @@ def test_validation_resizes_and_crops_as_the_tutorials_do() -> None:
 def test_trivial_is_light_and_one_more_step() -> None:
     light, trivial = (training_transform(IMAGENET, name).transforms for name in ("light", "trivial"))
     assert [type(step) for step in trivial] == [
-        *(type(step) for step in light[:2]),
+        *(type(step) for step in light[:3]),
         v2.TrivialAugmentWide,
-        *(type(step) for step in light[2:]),
+        *(type(step) for step in light[3:]),
     ]
-    crop = light[0]
+    shrink, crop = light[:2]
+    assert isinstance(shrink, Shrink)
+    assert shrink.short_side_px == 256
     assert isinstance(crop, v2.RandomResizedCrop)
     assert (tuple(crop.size), crop.scale) == ((224, 224), (0.35, 1.0))

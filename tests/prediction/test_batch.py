@@ -69,7 +69,7 @@ def test_results_stream_while_later_images_are_still_to_be_read(
 ) -> None:
     read: list[Path] = []
     decode = batch.decode_image
-    monkeypatch.setattr(batch, "decode_image", lambda path: read.append(path) or decode(path))
+    monkeypatch.setattr(batch, "decode_image", lambda path, **options: read.append(path) or decode(path, **options))
     endless = [folder / "0.JPG"] * 1_000
     results: Iterator[object] = predict_many(load_classifier(flowers_run), endless, batch_size=2)
     assert isinstance(next(results), Prediction)

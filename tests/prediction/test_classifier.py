@@ -13,9 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import finetune
-from finetune.data.dataset import to_tensor
 from finetune.data.decode import decode_image
-from finetune.data.transforms import evaluation_transform
+from finetune.data.transforms import evaluation_transform, to_tensor
 from finetune.errors import ModelError, PredictionInputError, RunError
 from finetune.evaluation.infer import probabilities_of
 from finetune.models.initialize import build_backbone

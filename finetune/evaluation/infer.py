@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from finetune.models.device import as_inputs
+
 # Shapes: N images, B batch, C channels, H height, W width, K classes.
 
 
@@ -21,19 +23,27 @@ class Predictions:
 
 
 @torch.inference_mode()
-def probabilities_of(model: nn.Module, images_BCHW: torch.Tensor, *, temperature: float = 1.0) -> torch.Tensor:
-    """Return the class probabilities (B, K) float32 of a batch; `model` must be in eval mode.
+def probabilities_of(
+    model: nn.Module,
+    batch: torch.Tensor | tuple[torch.Tensor, ...],
+    *,
+    device: torch.device | None = None,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Return the class probabilities (B, K) float32 of a batch of images, or of the tensors that cross a cut.
+
+    `model` must be in eval mode.
 
     The log-probabilities of a log_softmax head are logits too, their softmax is the probabilities: one rule does for
     both kinds of head.
     """
-    outputs_BK = model(images_BCHW.contiguous(memory_format=torch.channels_last)).float()
+    outputs_BK = model(*as_inputs(batch, device)).float()
     return torch.softmax(outputs_BK / temperature, dim=1)
 
 
 def predict_batches(
     model: nn.Module,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor, Iterable[str]]],
+    batches: Iterable[tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor, Iterable[str]]],
     *,
     device: torch.device,
     temperature: float = 1.0,
@@ -44,8 +54,8 @@ def predict_batches(
     probabilities: list[torch.Tensor] = []
     class_indices: list[torch.Tensor] = []
     paths: list[str] = []
-    for images_BCHW, class_indices_B, batch_paths in batches:
-        probabilities.append(probabilities_of(model, images_BCHW.to(device), temperature=temperature).cpu())
+    for batch, class_indices_B, batch_paths in batches:
+        probabilities.append(probabilities_of(model, batch, device=device, temperature=temperature).cpu())
         class_indices.append(class_indices_B)
         paths += batch_paths
         if advance:

@@ -1,14 +1,31 @@
-"""One pass of the frozen network over the images: what enters its output layer, kept as plain arrays."""
+"""One pass of the frozen layers over the images: what the cache holds is read, the rest computed and kept."""
 
-from collections.abc import Iterable
+import hashlib
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import nn
 
-# Shapes: N images, B batch, C channels, H height, W width, D features.
+from finetune.data.decode import Pixels, decode_image, read_image_file
+from finetune.data.table import ImageRow, ImageTable
+from finetune.data.transforms import evaluation_transform, to_tensor, training_transform
+from finetune.errors import DataError
+from finetune.features.cache import ActivationCache, View, open_activations, open_exports
+from finetune.features.engine import BATCH_SIZE, TrunkEngine
+from finetune.features.trunk import Trunk
+from finetune.runs.records import LabelMap
+from finetune.runs.reporting import Reporter
+
+# Shapes: N images, C channels, H height, W width, D features.
+
+_drawing = threading.Lock()  # random transforms draw from torch's one global generator
+FILES_AT_ONCE = 64  # decoded by the threads before the network computes: both would want the same cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,35 +39,152 @@ class Features:
         return len(self.class_indices_N)
 
 
-@torch.inference_mode()
-def extract_features(
-    model: nn.Module,
-    output_layer: nn.Module,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor, Any]],
-    *,
-    device: torch.device,
-) -> Features:
-    """Run `model` in eval mode over `batches` and keep the input of its `output_layer`.
+class TrunkPass:
+    """Computes the activations of images that the cache lacks; a scan may show it the pictures it decodes.
 
-    A convolutional output layer sees maps (B, C, H, W): their mean over the positions is kept, (B, C).
-    Every module is put back into the mode it was in.
+    Args:
+        trunk: What is computed.
+        data_root: Folder of the images, into which nothing is written.
+        images: How many images will probably be computed, from which the engine is chosen.
+        device: Where `trunk` is.
+        reporter: Told of an engine that is refused and of a disk that refuses.
+        view: A random change of every image, instead of the image as evaluation sees it.
+        precision: What a GPU computes in: "bf16", "fp16", or anything else for float32.
+
+    `computed` counts the images that were not in the cache, `seconds` is the time from the first of them to the last,
+    decoding and all; `computing_seconds` the part of it that the trunk took.
     """
-    kept: list[torch.Tensor] = []
-    labels: list[torch.Tensor] = []
 
-    def keep(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        features = inputs[0].float()
-        kept.append((features.mean(dim=(2, 3)) if features.ndim == 4 else features).cpu())
+    def __init__(
+        self,
+        trunk: Trunk,
+        *,
+        data_root: Path,
+        images: int,
+        device: torch.device,
+        reporter: Reporter,
+        view: View | None = None,
+        precision: str = "no",
+    ) -> None:
+        spec = trunk.backbone.input_spec
+        self.short_side_px = spec.resize_px
+        self.cache: ActivationCache = open_activations(trunk, data_root, view=view, precision=precision)
+        self.computed = 0
+        self.seconds = 0.0
+        self.computing_seconds = 0.0
+        self._began = 0.0
+        self._view = view
+        self._transform = training_transform(spec, view.augmentation) if view else evaluation_transform(spec)
+        self._exports = open_exports(trunk, data_root) if device.type == "cpu" else None
+        self.engine = TrunkEngine(
+            trunk.module,
+            device=device,
+            images=images,
+            exports=self._exports,
+            export_key=trunk.weights_sha256,
+            reporter=reporter,
+            precision=precision,
+        )
+        self._waiting: list[tuple[str, torch.Tensor]] = []
 
-    in_training = [module for module in model.modules() if module.training]
-    handle = output_layer.register_forward_pre_hook(keep)
-    try:
-        model.eval()
-        for images_BCHW, class_indices_B, _ in batches:
-            model(images_BCHW.to(device, memory_format=torch.channels_last))
-            labels.append(class_indices_B.cpu())
-    finally:
-        handle.remove()
-        for module in in_training:
-            module.training = True
-    return Features(features_ND=torch.cat(kept).numpy(), class_indices_N=torch.cat(labels).numpy())
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End writing; the cache can still be read."""
+        self.cache.close()
+        if self._exports:
+            self._exports.close()
+
+    def prepare(self, image_HWC: Pixels, sha256: str) -> torch.Tensor | None:
+        """Return the picture as the network takes it, (C, H, W) float32; None if the cache has its activations."""
+        if sha256 in self.cache:
+            return None
+        self._began = self._began or time.perf_counter()
+        image_CHW = to_tensor(image_HWC)
+        if self._view is None:
+            return torch.as_tensor(self._transform(image_CHW))
+        with _drawing, torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self._view.seed_of(sha256))
+            return torch.as_tensor(self._transform(image_CHW))
+
+    def take(self, sha256: str, prepared: torch.Tensor) -> None:
+        """Compute a prepared picture, together with others as soon as they make a batch."""
+        if all(sha256 != key for key, _ in self._waiting):  # copies are one image
+            self._waiting.append((sha256, prepared))
+        if len(self._waiting) == BATCH_SIZE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Compute what waits for others to make a batch."""
+        if not self._waiting:
+            return
+        started = time.perf_counter()
+        keys, images = zip(*self._waiting, strict=True)
+        self._waiting = []
+        outputs = [output.numpy() for output in self.engine(torch.stack(images))]
+        for place, key in enumerate(keys):
+            self.cache.put(key, tuple(output[place] for output in outputs))
+        self.computed += len(keys)
+        ended = time.perf_counter()
+        self.computing_seconds += ended - started
+        self.seconds = ended - self._began
+
+    def fill(self, table: ImageTable, reporter: Reporter) -> None:
+        """Compute the images of `table` that the cache lacks, and read all others once, for a damaged one to be found.
+
+        Raises:
+            ImageError: A file can no longer be read.
+            DataError: A file has changed since it was scanned.
+        """
+        self.flush()
+        self.cache.refresh()
+        row_of = {row.sha256: row for row in table.rows}
+        missing = [row for key, row in row_of.items() if self.cache.get(key) is None]
+        if not missing:
+            return
+        with (
+            reporter.progress("Computing features", len(missing)) as advance,
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+        ):
+            for start in range(0, len(missing), FILES_AT_ONCE):
+                rows = missing[start : start + FILES_AT_ONCE]
+                for row, prepared in zip(rows, list(pool.map(lambda row: self._read(table, row), rows)), strict=True):
+                    if prepared is not None:
+                        self.take(row.sha256, prepared)
+                    advance(1, "")
+        self.flush()
+        if self.cache.write_error:
+            reporter.warn(f"The cache cannot be written ({self.cache.write_error}); what it lacks stays in memory.")
+
+    def features(self, table: ImageTable, label_map: LabelMap, reporter: Reporter) -> Features:
+        """Return the pooled features of every image of `table`, in its order; a trunk of fewer stages has none.
+
+        Raises:
+            ImageError: A file can no longer be read.
+            DataError: A file has changed since it was scanned.
+        """
+        self.fill(table, reporter)
+        found = [activations for row in table.rows if (activations := self.cache.get(row.sha256)) is not None]
+        return Features(
+            features_ND=np.stack([features_D for (features_D,) in found]),
+            class_indices_N=np.array(label_map.indices(table.labels), dtype=np.int64),
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """Return what was computed and how, for metrics.jsonl."""
+        return {
+            "computed": self.computed,
+            "seconds": self.seconds,
+            "computing_seconds": self.computing_seconds,
+            "engine": self.engine.name,
+        }
+
+    def _read(self, table: ImageTable, row: ImageRow) -> torch.Tensor | None:
+        data = read_image_file(table.path(row))
+        if hashlib.sha256(data).hexdigest() != row.sha256:
+            raise DataError(f"{table.path(row)} has changed since it was looked at", "start again")
+        return self.prepare(decode_image(data, short_side_px=self.short_side_px, name=row.image_path), row.sha256)

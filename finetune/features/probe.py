@@ -1,26 +1,27 @@
 """The linear probe: a multinomial logistic head on frozen features, solved to its optimum and scored honestly."""
 
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import logsumexp
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
 
+from finetune.errors import ModelError
 from finetune.features.extract import Features
+from finetune.features.solver import BARRED, Problems, solve
 
-# Shapes: N images, D features, R = min(N, D) directions that the features span, H held-out images, K classes,
-# S strengths tried, F folds.
+# Shapes: N images, D features, A axes that the features span, R = A and one for the bias, K classes, F folds.
 
 Array = np.ndarray[Any, Any]
 
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
+STRENGTHS = tuple(10 ** (exponent / 2) for exponent in range(-8, 1))
 """Inverse regularisation tried, on standardised features; weaker ones only sharpen what is told apart already."""
+USUAL_STRENGTH = 1e-2  # where nothing can be held out to choose by
 FOLDS = 5
-MAX_ITERATIONS = 1_000
+FOLD_TOLERANCE = 1e-4  # enough to compare strengths by: the log loss is right to 3e-4, and a quarter of the steps saved
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,98 +54,168 @@ class Probe:
         return indices_N
 
 
-def solve_probe(train: Features, *, class_count: int, seed: int) -> Probe:
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+    """The principal axes of standardised features: where the probe is solved, and the way back to raw features.
+
+    There the Hessian of the loss is nearly diagonal, which makes the solution quick. With an L2 penalty it lies in what
+    the images span (the representer theorem), so that few images with many features are a small problem.
+    """
+
+    mean_D: Array
+    scale_D: Array
+    basis_AD: Tensor
+    features_NR: Tensor
+
+    def raw_head(self, weight_KR: Tensor) -> tuple[Array, Array]:
+        """Return the weights (K, D) and biases (K,) that do to raw features what `weight_KR` does to `features_NR`."""
+        weight_KD = (weight_KR[:, :-1] @ self.basis_AD).cpu().double().numpy() / self.scale_D
+        bias_K = weight_KR[:, -1].cpu().double().numpy() - weight_KD @ self.mean_D
+        return weight_KD.astype(np.float32), bias_K.astype(np.float32)
+
+
+class _Trial(NamedTuple):
+    """A strength, the solution of each fold for it, and their accuracy and log loss (nats) on what they hold out."""
+
+    strength: float
+    weight_FKR: Tensor
+    accuracy_F: Array
+    loss_F: Array
+
+
+def solve_probe(
+    train: Features, *, class_count: int, seed: int, class_weights_K: Array | None = None, device: torch.device = CPU
+) -> Probe:
     """Solve the L2-regularised multinomial logistic regression on standardised features.
 
     Regularisation is chosen by the log loss in a stratified cross-validation: unlike the accuracy it still tells
-    strengths apart when all are right, and its minimum gives honest probabilities. The problem is solved in the
-    directions that the features span: with an L2 penalty the optimum lies in them (the representer theorem), and
-    fewer images than features make it much smaller. Scale and rotation are folded back into the weights.
+    strengths apart when all are right, and its minimum gives honest probabilities.
+
+    Args:
+        train: Features of the training images.
+        class_count: K; a class without images gets a bias far below the others.
+        seed: Decides which images each fold holds out.
+        class_weights_K: How much an image of each class counts, 0 or more, in the solution and in the log loss that
+            chooses the strength; 1 by default. The accuracy counts every image once.
+        device: Where to compute.
+
+    Raises:
+        ModelError: A feature is not a finite number.
     """
-    mean_D = train.features_ND.mean(axis=0, dtype=np.float64)
-    scale_D = train.features_ND.std(axis=0, dtype=np.float64)
-    scale_D[scale_D < 1e-8] = 1.0
-    standard_ND = (train.features_ND - mean_D) / scale_D
-    if len(standard_ND) < standard_ND.shape[1]:
-        _, _, basis_RD = np.linalg.svd(standard_ND, full_matrices=False)
-    else:
-        basis_RD = np.eye(standard_ND.shape[1])
-    rotated_NR = standard_ND @ basis_RD.T
-    folds = _folds(train.class_indices_N, seed)
-    best = STRENGTHS.index(1e-2)
-    if folds:
-        path_SF2 = _fold_scores(rotated_NR, train.class_indices_N, folds)
-        best = int(path_SF2[:, :, 1].mean(axis=1).argmin())
-    weight_KR, bias_K = _fit(_solver(STRENGTHS[best]), rotated_NR, train.class_indices_N, class_count=class_count)
-    weight_KD = (weight_KR @ basis_RD) / scale_D
+    classes_N = train.class_indices_N
+    image_weights_N = (np.ones(class_count) if class_weights_K is None else class_weights_K)[classes_N]
+    axes = find_axes(train.features_ND, device)
+    problem = Problems(
+        features_NR=axes.features_NR,
+        class_indices_N=torch.tensor(classes_N, device=device),
+        image_weights_BN=torch.tensor(image_weights_N[None], dtype=torch.float32, device=device),
+        class_count=class_count,
+    )
+    held_out_FN = _held_out(classes_N, seed)
+    best = _best_trial(problem, torch.from_numpy(held_out_FN).to(device)) if len(held_out_FN) else None
+    strength, start_1KR = (best.strength, _between(best.weight_FKR)) if best else (USUAL_STRENGTH, problem.start())
+    weight_1KR = solve(problem, strength=strength, start_BKR=start_1KR)
+    weight_KD, bias_K = axes.raw_head(_settle(weight_1KR)[0])
     return Probe(
-        weight_KD=weight_KD.astype(np.float32),
-        bias_K=(bias_K - weight_KD @ mean_D).astype(np.float32),
-        strength=STRENGTHS[best],
-        accuracy=float(path_SF2[best, :, 0].mean()) if folds else None,
-        spread=float(path_SF2[best, :, 0].std()) if folds else None,
+        weight_KD=weight_KD,
+        bias_K=bias_K,
+        strength=strength,
+        accuracy=float(best.accuracy_F.mean()) if best else None,
+        spread=float(best.accuracy_F.std()) if best else None,
     )
 
 
-def _folds(class_indices_N: Array, seed: int) -> list[tuple[Array, Array]]:
-    """Split into stratified folds, as many as the smallest class has images but 2 to FOLDS.
+def find_axes(features_ND: Array, device: torch.device) -> Axes:
+    """Standardise the features and turn them to their principal axes, at most as many as images or features.
+
+    Raises:
+        ModelError: A feature is not a finite number.
+    """
+    if not np.isfinite(features_ND).all():
+        raise ModelError("the features that the network gives are not all finite numbers", "take other weights")
+    mean_D = features_ND.mean(axis=0, dtype=np.float64).astype(np.float32)
+    standard_ND = features_ND - mean_D
+    scale_D = np.sqrt(np.square(standard_ND).mean(axis=0, dtype=np.float64)).astype(np.float32)
+    scale_D[scale_D < 1e-8] = 1.0
+    standard_ND /= scale_D
+    whole_ND = torch.from_numpy(standard_ND).to(device)
+    if len(whole_ND) >= whole_ND.shape[1]:
+        basis_AD = torch.linalg.eigh((whole_ND.T @ whole_ND).cpu().double()).eigenvectors.T.to(whole_ND)
+    else:
+        exact_ND = whole_ND.cpu().double()  # the products of images are squares of what counts: float32 loses half
+        squares_N, images_NN = torch.linalg.eigh(exact_ND @ exact_ND.T)
+        is_kept_N = squares_N > 1e-10 * squares_N[-1]
+        basis_AD = ((images_NN[:, is_kept_N] / squares_N[is_kept_N].sqrt()).T @ exact_ND).to(whole_ND)
+    features_NR = pad(whole_ND @ basis_AD.T, (0, 1), value=1.0)
+    return Axes(mean_D=mean_D, scale_D=scale_D, basis_AD=basis_AD, features_NR=features_NR)
+
+
+def deal_folds(class_indices_N: Array, *, fold_count: int, seed: int) -> Array:
+    """Return the fold (N,) that holds out each image: every class, in random order, is dealt evenly over the folds."""
+    shuffled_N = np.random.default_rng(seed).permutation(len(class_indices_N))
+    by_class_N = shuffled_N[np.argsort(class_indices_N[shuffled_N], kind="stable")]
+    fold_N = np.empty(len(class_indices_N), dtype=np.int64)
+    fold_N[by_class_N] = np.arange(len(class_indices_N)) % fold_count
+    return fold_N
+
+
+def _held_out(class_indices_N: Array, seed: int) -> Array:
+    """Return which images each fold holds out, (F, N); as many folds as the smallest class has images but 2 to FOLDS.
 
     A fold whose remaining images are all of one class tells nothing and is left out; there may be none at all.
     """
     counts = np.unique(class_indices_N, return_counts=True)[1]
-    if counts.max() < 2:
-        return []
-    splitter = StratifiedKFold(int(np.clip(counts.min(), 2, min(FOLDS, counts.max()))), shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The least populated class", UserWarning)  # such a class is not held out
-        folds = splitter.split(class_indices_N, class_indices_N)
-        return [fold for fold in folds if len(np.unique(class_indices_N[fold[0]])) > 1]
+    fold_count = int(np.clip(counts.min(), 2, min(FOLDS, counts.max())))
+    held_out_FN = deal_folds(class_indices_N, fold_count=fold_count, seed=seed) == np.arange(fold_count)[:, None]
+    is_telling_F = [counts.max() > 1 and len(np.unique(class_indices_N[~held_out_N])) > 1 for held_out_N in held_out_FN]
+    kept_FN: Array = held_out_FN[is_telling_F]
+    return kept_FN
 
 
-def _fold_scores(rotated_NR: Array, class_indices_N: Array, folds: Sequence[tuple[Array, Array]]) -> Array:
-    """Return accuracy and log loss (nats) of each strength on what each fold holds out, (S, F, 2).
+def _best_trial(problem: Problems, held_out_FN: Tensor) -> _Trial:
+    """Try the strengths and return the one with the least log loss on what the folds hold out.
 
-    The strengths are tried from the strongest regularisation on, each solution starting the next, until the log loss
-    rises: behind its minimum lie the solutions that overfit, and they take the longest to find.
+    The strongest regularisation comes first and each solution starts the next, until the log loss rises: behind its
+    minimum lie the solutions that overfit, and they take the longest to find.
     """
-    solvers = [_solver(STRENGTHS[0]) for _ in folds]
-    path: list[list[tuple[float, float]]] = []
+    folds = replace(problem, image_weights_BN=problem.image_weights_BN * ~held_out_FN)
+    weight_FKR = folds.start()
+    best: _Trial | None = None
     for strength in STRENGTHS:
-        scores = [
-            _fold_score(solver.set_params(C=strength), rotated_NR, class_indices_N, fold)
-            for solver, fold in zip(solvers, folds, strict=True)
-        ]
-        path.append(scores)
-        if len(path) > 1 and np.mean(path[-1], axis=0)[-1] > np.mean(path[-2], axis=0)[-1]:
+        weight_FKR = solve(folds, strength=strength, start_BKR=weight_FKR, tolerance=FOLD_TOLERANCE)
+        trial = _score(problem, held_out_FN, strength, weight_FKR)
+        if best and trial.loss_F.mean() > best.loss_F.mean():
             break
-    return np.array(path)
+        best = trial
+    assert best
+    return best
 
 
-def _fold_score(
-    solver: LogisticRegression, rotated_NR: Array, class_indices_N: Array, fold: tuple[Array, Array]
-) -> tuple[float, float]:
-    fitted, held_out = fold
-    class_count = int(class_indices_N.max()) + 1
-    weight_KR, bias_K = _fit(solver, rotated_NR[fitted], class_indices_N[fitted], class_count=class_count)
-    logits_HK = rotated_NR[held_out] @ weight_KR.T + bias_K
-    true_H = class_indices_N[held_out]
-    losses_H = logsumexp(logits_HK, axis=1) - logits_HK[np.arange(len(true_H)), true_H]
-    return float((logits_HK.argmax(axis=1) == true_H).mean()), float(losses_H.mean())
+def _score(problem: Problems, held_out_FN: Tensor, strength: float, weight_FKR: Tensor) -> _Trial:
+    logits_FKN = problem.logits(_settle(weight_FKR))
+    classes_FN = problem.class_indices_N.expand(len(logits_FKN), -1)
+    counting_FN = problem.image_weights_BN * held_out_FN
+    loss_FN = counting_FN * cross_entropy(logits_FKN, classes_FN, reduction="none")
+    is_right_FN = (logits_FKN.argmax(dim=1) == classes_FN) & held_out_FN
+    right_F, held_out_F, loss_F, counting_F = (
+        values_FN.sum(dim=1).cpu().numpy() for values_FN in (is_right_FN, held_out_FN, loss_FN, counting_FN)
+    )
+    return _Trial(strength, weight_FKR, right_F / held_out_F, loss_F / counting_F)
 
 
-def _solver(strength: float) -> LogisticRegression:
-    return LogisticRegression(C=strength, max_iter=MAX_ITERATIONS, warm_start=True)
+def _settle(weight_BKR: Tensor) -> Tensor:
+    """Return the weights with biases around zero, and those of classes without images 10 below the lowest."""
+    bias_BK = weight_BKR[:, :, -1]
+    has_images_BK = bias_BK > BARRED
+    mean_B1 = (bias_BK * has_images_BK).sum(dim=1, keepdim=True) / has_images_BK.sum(dim=1, keepdim=True)
+    lowest_B1 = bias_BK.where(has_images_BK, torch.inf).amin(dim=1, keepdim=True)
+    settled_BK1 = (bias_BK.where(has_images_BK, lowest_B1 - 10) - mean_B1)[:, :, None]
+    return torch.cat([weight_BKR[:, :, :-1], settled_BK1], dim=2)
 
 
-def _fit(
-    solver: LogisticRegression, features_NR: Array, class_indices_N: Array, *, class_count: int
-) -> tuple[Array, Array]:
-    """Return weight (K, R) and bias (K,); a class without images gets a bias far below the others."""
-    solver.fit(features_NR, class_indices_N)
-    weight, bias = solver.coef_, solver.intercept_
-    if len(solver.classes_) == 2:  # scikit-learn keeps one row, the logit of the second class against the first
-        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    weight_KR = np.zeros((class_count, features_NR.shape[1]))
-    bias_K = np.full(class_count, bias.min() - 10.0)
-    weight_KR[solver.classes_], bias_K[solver.classes_] = weight, bias
-    return weight_KR, bias_K
+def _between(weight_FKR: Tensor) -> Tensor:
+    """Return the mean solution of the folds, (1, K, R), near the one for all images.
+
+    A fold may lack a class, whose bias is then far below: the greatest stands for all.
+    """
+    return torch.cat([weight_FKR[:, :, :-1].mean(dim=0), weight_FKR[:, :, -1:].amax(dim=0)], dim=1)[None]

@@ -14,22 +14,18 @@ features for discriminative localization, arXiv 1512.04150, whose class activati
 Shapes: B images, C channels, H × W pixels or positions, K classes, D features.
 """
 
-import copy
-import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Literal
 
 import torch
-import torchvision
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn import functional
 
 from finetune.errors import ModelError
-from finetune.models.neighbours import NeighbourHead
+from finetune.models.tracing import NetworkTracer, twin_of
 
 ImageShape = tuple[int, int, int]
 """Channels, height and width."""
@@ -113,11 +109,11 @@ def to_dense(model: nn.Module, input_shape: ImageShape) -> DenseClassifier:
     Raises:
         ModelError: There is no such convolution; the message names the layer that stands in the way.
     """
-    twin = _twin(model)
+    twin = twin_of(model)
     network = _trace(twin)
     # A fixed picture of noise; the global random numbers are not touched.
     noise_1CHW = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0))
-    noise_1CHW = noise_1CHW.to(next(filter(torch.is_floating_point, _tensors(model))))
+    noise_1CHW = noise_1CHW.to(next(filter(torch.is_floating_point, model.parameters())))
     with torch.inference_mode():
         expected_1K = _run(twin, noise_1CHW, f"it takes no images of {' × '.join(map(str, input_shape))}")
         _run(ShapeProp(network).propagate, noise_1CHW, "its trace fails")
@@ -162,31 +158,9 @@ class _End:
     """Height and width of the kernel of the first linear layer: those of the flattened map, or 1 × 1."""
 
 
-class _Tracer(fx.Tracer):
-    """Traces as torchvision and timm do for their feature extractors, with every head as one step."""
-
-    def __init__(self) -> None:
-        from timm.layers import get_notrace_functions, get_notrace_modules
-
-        super().__init__(autowrap_modules=(math, torchvision.ops), autowrap_functions=tuple(get_notrace_functions()))
-        self.whole_modules = (nn.Linear, NeighbourHead, *get_notrace_modules())
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, self.whole_modules) or super().is_leaf_module(m, module_qualified_name)
-
-
-def _twin(model: nn.Module) -> nn.Module:
-    """Copy the modules of `model` but not its tensors, so that eval mode and new layers do not reach the original."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors(model)}).eval()
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    return chain(model.parameters(), model.buffers())
-
-
 def _trace(twin: nn.Module) -> fx.GraphModule:
     try:
-        return fx.GraphModule(twin, _Tracer().trace(twin), class_name=type(twin).__name__)
+        return fx.GraphModule(twin, NetworkTracer().trace(twin), class_name=type(twin).__name__)
     except Exception as error:  # whatever a forward raises when it computes with stand-ins for tensors
         raise _refusal(f"torch.fx cannot trace it: {_first_line(error)}") from error
 

@@ -1,38 +1,56 @@
 """Which rate and which weight decay each learning parameter gets."""
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from finetune.models.stages import Stage, stage_parameters
+
 
 def parameter_groups(
     model: nn.Module,
-    head_parameters: Collection[str],
+    stages: Sequence[Stage],
     *,
     learning_rate: float,
     trunk_learning_rate: float,
+    depth_ratio: float,
     weight_decay: float,
 ) -> list[dict[str, Any]]:
-    """Sort the parameters that learn into groups for a torch optimiser; frozen ones get no entry.
+    """Sort the parameters that learn into groups for a torch optimiser, by stage; frozen ones get no entry.
 
-    The head comes first, so that the first group's rate is the one shown. Biases and norms, all parameters of one
-    dimension, are not decayed (He 2019, arXiv 1812.01187, section 3.1).
+    The head comes first, so that the first group's rate is the one shown. Below it the rates fall evenly in their
+    logarithm from stage to stage: lower layers are more general and have less to learn (Howard 2018, arXiv 1801.06146,
+    section 3.2). Biases and norms, all parameters of one dimension, are not decayed (He 2019, arXiv 1812.01187,
+    section 3.1).
 
     Args:
         model: The network, its frozen parameters marked by `requires_grad`.
-        head_parameters: Names of the parameters that make up the head.
+        stages: All stages of `model`; the last is the head.
         learning_rate: Rate of the head.
-        trunk_learning_rate: Rate of everything below.
+        trunk_learning_rate: Rate of the stage below the head.
+        depth_ratio: Rate of the lowest stage that learns, as a share of `trunk_learning_rate`.
         weight_decay: Decay of the weights of two or more dimensions.
     """
-    groups: dict[str, dict[str, Any]] = {}
-    for part, rate in (("head", learning_rate), ("trunk", trunk_learning_rate)):
-        for kind, decay in (("weights", weight_decay), ("biases and norms", 0.0)):
-            groups[f"{part} {kind}"] = {"params": [], "lr": rate, "weight_decay": decay, "name": f"{part} {kind}"}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part = "head" if name in head_parameters else "trunk"
-            kind = "weights" if parameter.ndim > 1 else "biases and norms"
-            groups[f"{part} {kind}"]["params"].append(parameter)
-    return [group for group in groups.values() if group["params"]]
+    *trunk, head = (
+        (stage.name, [parameter for parameter in stage_parameters(model, stage).values() if parameter.requires_grad])
+        for stage in stages
+    )
+    learning = [(name, parameters) for name, parameters in trunk if parameters]
+    groups = [*_stage_groups(*head, learning_rate, weight_decay)]
+    for depth, (name, parameters) in enumerate(reversed(learning)):
+        share = depth_ratio ** (depth / max(len(learning) - 1, 1))
+        groups += _stage_groups(name, parameters, trunk_learning_rate * share, weight_decay)
+    return groups
+
+
+def _stage_groups(name: str, parameters: list[nn.Parameter], rate: float, decay: float) -> list[dict[str, Any]]:
+    kinds = {
+        "weights": ([parameter for parameter in parameters if parameter.ndim > 1], decay),
+        "biases and norms": ([parameter for parameter in parameters if parameter.ndim <= 1], 0.0),
+    }
+    return [
+        {"params": members, "lr": rate, "weight_decay": decay, "name": f"{name} {kind}"}
+        for kind, (members, decay) in kinds.items()
+        if members
+    ]

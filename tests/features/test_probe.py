@@ -1,14 +1,23 @@
 """The solved head equals scikit-learn's, on raw features, for classes and images in any number."""
 
+import subprocess
+import sys
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from scipy.special import softmax
+from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_validate
 from sklearn.preprocessing import StandardScaler
 
+from finetune.errors import ModelError
+from finetune.features import solver
 from finetune.features.extract import Features
-from finetune.features.probe import STRENGTHS, Probe, solve_probe
+from finetune.features.probe import FOLDS, STRENGTHS, Probe, deal_folds, solve_probe
+from finetune.features.solver import Problems, solve
 from finetune.runs import strict_json
 
 
@@ -22,11 +31,17 @@ def blobs(counts: list[int], *, dimensions: int, spread: float = 1.0, seed: int 
     return Features(features_ND=points_ND.astype(np.float32), class_indices_N=class_indices_N)
 
 
-def oracle(train: Features, strength: float) -> np.ndarray:
+def digits() -> Features:
+    """Return 1,797 real digits of 8 × 8 raw pixels, some of which never change."""
+    found = load_digits()
+    return Features(features_ND=found.data.astype(np.float32), class_indices_N=found.target.astype(np.int64))
+
+
+def oracle(train: Features, strength: float, class_weights: dict[int, float] | None = None) -> np.ndarray:
     """Return the probabilities (N, K) that scikit-learn gives the training images."""
     standard_ND = StandardScaler().fit_transform(train.features_ND.astype(np.float64))
-    solver = LogisticRegression(C=strength, tol=1e-8, max_iter=10_000).fit(standard_ND, train.class_indices_N)
-    return solver.predict_proba(standard_ND)
+    judge = LogisticRegression(C=strength, tol=1e-8, max_iter=10_000, class_weight=class_weights)
+    return judge.fit(standard_ND, train.class_indices_N).predict_proba(standard_ND)
 
 
 @pytest.mark.parametrize(
@@ -43,18 +58,93 @@ def test_probabilities_equal_those_of_scikit_learn_on_raw_features(counts: list[
     np.testing.assert_allclose(probabilities_NK, oracle(train, probe.strength), atol=1e-3)
 
 
+def shuffled(train: Features) -> Features:
+    """Return the same features under labels that have nothing to do with them."""
+    return replace(train, class_indices_N=np.random.default_rng(0).permutation(train.class_indices_N))
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        digits(),
+        blobs([150, 150, 150, 150], dimensions=20, spread=20.0),
+        shuffled(blobs([40, 40, 40], dimensions=30)),
+        blobs([30, 30, 30], dimensions=20, spread=1e-3),
+        blobs([400, 20, 5], dimensions=15, spread=3.0),
+        Features(
+            features_ND=np.repeat(blobs([9, 9, 9], dimensions=12, spread=4.0).features_ND, 5, axis=0),
+            class_indices_N=np.random.default_rng(3).integers(0, 3, 135),
+        ),
+        blobs([1, 1], dimensions=7),
+    ],
+    ids=["digits", "badly separated", "nothing to learn", "separable", "imbalanced", "duplicates at odds", "2 images"],
+)
+@pytest.mark.parametrize("strength", [1e-3, 1.0])
+def test_every_strength_is_solved_to_the_optimum(
+    train: Features, strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.features.probe.STRENGTHS", (strength,))
+    monkeypatch.setattr("finetune.features.probe.USUAL_STRENGTH", strength)
+    probe = solve_probe(train, class_count=int(train.class_indices_N.max()) + 1, seed=0)
+    assert probe.strength == strength
+    probabilities_NK = softmax(probe.logits(train.features_ND), axis=1)
+    np.testing.assert_allclose(probabilities_NK, oracle(train, strength), atol=2e-4)
+
+
+@pytest.mark.parametrize("counts", [[300, 20, 5], [100, 4]], ids=str)
+def test_class_weights_are_those_of_scikit_learn(counts: list[int]) -> None:
+    train = blobs(counts, dimensions=15, spread=2.0)
+    weights_K = sum(counts) / (len(counts) * np.array(counts))  # "balanced"
+    plain = solve_probe(train, class_count=len(counts), seed=0)
+    weighted = solve_probe(train, class_count=len(counts), seed=0, class_weights_K=weights_K)
+    probabilities_NK = softmax(weighted.logits(train.features_ND), axis=1)
+    expected_NK = oracle(train, weighted.strength, dict(enumerate(weights_K)))
+    np.testing.assert_allclose(probabilities_NK, expected_NK, atol=5e-4)
+    recall, plain_recall = ((one.predict(train.features_ND)[-4:] == len(counts) - 1).sum() for one in (weighted, plain))
+    assert recall >= plain_recall
+
+
+def test_class_weights_of_one_change_nothing() -> None:
+    train = blobs([12, 9, 5], dimensions=6, spread=2.0)
+    plain, weighted = (
+        solve_probe(train, class_count=3, seed=0, class_weights_K=weights_K) for weights_K in (None, np.ones(3))
+    )
+    assert plain.summary() == weighted.summary()
+    assert np.array_equal(plain.weight_KD, weighted.weight_KD)
+
+
+def test_problems_solved_together_are_solved_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = blobs([30, 20, 25], dimensions=6, spread=2.0)
+    features_ND = train.features_ND - train.features_ND.mean(axis=0)
+    features_ND /= features_ND.std(axis=0)
+    together = Problems(
+        features_NR=torch.nn.functional.pad(torch.from_numpy(features_ND), (0, 1), value=1.0),
+        class_indices_N=torch.from_numpy(train.class_indices_N),
+        image_weights_BN=torch.rand(4, len(train), generator=torch.Generator().manual_seed(0)).round(decimals=1),
+        class_count=3,
+    )
+    weight_BKR = solve(together, strength=1.0, start_BKR=together.start())
+    monkeypatch.setattr(solver, "MOST_LOGITS", 1)
+    alone_BKR = solve(together, strength=1.0, start_BKR=together.start())
+    assert not torch.equal(weight_BKR[0], weight_BKR[1])
+    for weights in (weight_BKR, alone_BKR):
+        assert weights.shape == (4, 3, 7)
+    probabilities_BKN, alone_BKN = (together.logits(weights).softmax(dim=1) for weights in (weight_BKR, alone_BKR))
+    torch.testing.assert_close(probabilities_BKN, alone_BKN, atol=2e-4, rtol=0)
+
+
 @pytest.mark.parametrize("dimensions", [5, 80], ids=["more images", "more features"])
 def test_accuracy_is_that_of_a_stratified_cross_validation(dimensions: int) -> None:
     train = blobs([9, 7, 8], dimensions=dimensions, spread=3.0)
     probe = solve_probe(train, class_count=3, seed=4)
     standard_ND = StandardScaler().fit_transform(train.features_ND.astype(np.float64))
-    folds = StratifiedKFold(5, shuffle=True, random_state=4)
+    fold_N = deal_folds(train.class_indices_N, fold_count=FOLDS, seed=4)
     scores_S = [
         cross_validate(
             LogisticRegression(C=strength, max_iter=10_000),
             standard_ND,
             train.class_indices_N,
-            cv=folds,
+            cv=[(np.flatnonzero(fold_N != fold), np.flatnonzero(fold_N == fold)) for fold in range(FOLDS)],
             scoring=("accuracy", "neg_log_loss"),
             error_score="raise",
         )
@@ -64,6 +154,26 @@ def test_accuracy_is_that_of_a_stratified_cross_validation(dimensions: int) -> N
     assert probe.strength == STRENGTHS[best]
     assert probe.accuracy == pytest.approx(scores_S[best]["test_accuracy"].mean())
     assert probe.spread == pytest.approx(scores_S[best]["test_accuracy"].std())
+
+
+@pytest.mark.parametrize("counts", [[9, 7, 8], [20, 3, 41, 6], [5, 5], [2, 1, 30]], ids=str)
+def test_folds_are_balanced_as_those_of_scikit_learn(counts: list[int]) -> None:
+    labels_N = np.repeat(np.arange(len(counts)), counts)
+    fold_count = min(FOLDS, max(2, *counts[1:2]))
+    fold_N = deal_folds(labels_N, fold_count=fold_count, seed=0)
+    dealt = [np.bincount(labels_N[fold_N == fold], minlength=len(counts)) for fold in range(fold_count)]
+    assert np.ptp(dealt, axis=0).max() <= 1, "each class evenly"
+    assert np.ptp(np.sum(dealt, axis=1)) <= 1, "folds of one size"
+    if min(counts) >= fold_count:  # below, scikit-learn warns
+        splits = StratifiedKFold(fold_count, shuffle=True, random_state=0).split(labels_N, labels_N)
+        others = [np.bincount(labels_N[held_out], minlength=len(counts)) for _, held_out in splits]
+        assert sorted(map(tuple, dealt)) == sorted(map(tuple, others))
+    assert not np.array_equal(fold_N, deal_folds(labels_N, fold_count=fold_count, seed=1))
+
+
+def test_features_that_tell_nothing_are_regularised_most() -> None:
+    train = shuffled(blobs([200, 200, 200], dimensions=100))
+    assert [solve_probe(train, class_count=3, seed=seed).strength for seed in range(3)] == [STRENGTHS[0]] * 3
 
 
 def test_classes_that_are_told_apart_at_once_are_predicted_with_confidence() -> None:
@@ -153,3 +263,39 @@ def test_summary_is_plain() -> None:
     probe = Probe(weight_KD=np.eye(2), bias_K=np.zeros(2), strength=0.1, accuracy=None, spread=None)
     assert strict_json.parse(strict_json.dump(probe.summary())) == {"accuracy": None, "spread": None, "strength": 0.1}
     assert probe.logits(np.array([[1.0, 2.0]])).tolist() == [[1.0, 2.0]]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_refused(value: float) -> None:
+    train = blobs([5, 5], dimensions=4)
+    train.features_ND[3, 2] = value
+    with pytest.raises(ModelError, match="not all finite"):
+        solve_probe(train, class_count=2, seed=0)
+
+
+def test_features_that_may_only_be_read_are_left_alone() -> None:
+    train = blobs([6, 6], dimensions=4)
+    before_ND = train.features_ND.copy()
+    train.features_ND.setflags(write=False)
+    train.class_indices_N.setflags(write=False)
+    solve_probe(train, class_count=2, seed=0)
+    assert np.array_equal(train.features_ND, before_ND)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dimensions", [10, 300], ids=["more images", "more features"])
+def test_gpu_finds_the_same_optimum(dimensions: int) -> None:
+    train = blobs([60, 50, 40], dimensions=dimensions, spread=3.0)
+    probe = solve_probe(train, class_count=3, seed=0, device=torch.device("cuda"))
+    probabilities_NK = softmax(probe.logits(train.features_ND), axis=1)
+    np.testing.assert_allclose(probabilities_NK, oracle(train, probe.strength), atol=1e-3)
+
+
+def test_no_slow_library_is_imported() -> None:
+    program = (
+        "import sys, finetune.features.probe, finetune.features.neighbours\n"
+        "print(*(name for name in ('sklearn', 'scipy.stats') if name in sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == ""

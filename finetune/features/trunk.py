@@ -1,0 +1,79 @@
+"""The layers of a network that run once: what they compute, and all that tells them from others."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.features.cut import cut_model, feature_trunk
+from finetune.models.initialize import Backbone
+from finetune.models.stages import stage_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trunk:
+    """The first `frozen` stages of `backbone` as `module`, images (B, C, H, W) → one tensor (B, …) or a tuple of them.
+
+    `is_pooled` says that it gives the feature vectors (B, D) that enter the output layer.
+    """
+
+    backbone: Backbone
+    module: nn.Module
+    frozen: int
+    is_pooled: bool
+
+    @property
+    def title(self) -> str:
+        """What it computes, in words."""
+        what = (
+            "pooled features" if self.is_pooled else f"activations behind {self.backbone.stages[self.frozen - 1].name}"
+        )
+        return f"{self.backbone.name}: {what}"
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """The SHA-256 of all its parameters and buffers, with their names."""
+        digest = hashlib.sha256()
+        for stage in self.backbone.stages[: self.frozen]:
+            for name, tensor in stage_tensors(self.backbone.module, stage).items():
+                array = tensor.detach().cpu().contiguous()
+                digest.update(f"{name} {array.dtype} {tuple(array.shape)};".encode())
+                digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def key(self) -> dict[str, Any]:
+        """Return what determines its outputs for given images."""
+        return {
+            "network": self.backbone.name,
+            "weights_sha256": self.weights_sha256,
+            "frozen_stages": [stage.name for stage in self.backbone.stages[: self.frozen]],
+            "is_pooled": self.is_pooled,
+        }
+
+
+def pooled_trunk(backbone: Backbone) -> Trunk:
+    """Return everything below the output layer of `backbone`, which gives pooled features."""
+    module = feature_trunk(backbone.module)
+    return Trunk(backbone=backbone, module=module, frozen=len(backbone.stages) - 1, is_pooled=True)
+
+
+def boundary_trunk(backbone: Backbone, frozen: int) -> Trunk:
+    """Return the first `frozen` stages of `backbone`; the pooled trunk where no more than its features crosses.
+
+    Raises:
+        ModelError: The network cannot be cut there.
+    """
+    module = cut_model(backbone.module, backbone.stages, frozen).trunk
+    if frozen == len(backbone.stages) - 1:
+        pooled, spec = pooled_trunk(backbone), backbone.input_spec
+        device = next(backbone.module.parameters()).device
+        image_1CHW = torch.linspace(-1, 1, spec.channels * spec.image_size_px**2, device=device).view(
+            1, spec.channels, spec.image_size_px, spec.image_size_px
+        )
+        crossing, features_1D = module(image_1CHW), pooled.module(image_1CHW)
+        if len(crossing) == 1 and torch.equal(crossing[0], features_1D):
+            return pooled
+    return Trunk(backbone=backbone, module=module, frozen=frozen, is_pooled=False)

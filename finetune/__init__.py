@@ -6,7 +6,7 @@ The public names are loaded when they are first used, so that importing the pack
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 if TYPE_CHECKING:
     from finetune.api import (
@@ -39,12 +39,14 @@ if TYPE_CHECKING:
     from finetune.models.dense import to_dense
     from finetune.models.initialize import initialize_model
     from finetune.prediction.classifier import Classifier
+    from finetune.runs.cache_folder import CacheEntry, clear_cache, list_cache, prune_cache
     from finetune.runs.records import InputSpec, LabelMap, Prediction
     from finetune.training.loop import train_model
     from finetune.training.progress import History
 
 _HOMES = {
     "Anatomy": "finetune.models.anatomy",
+    "CacheEntry": "finetune.runs.cache_folder",
     "Classifier": "finetune.prediction.classifier",
     "ConfigError": "finetune.errors",
     "DataError": "finetune.errors",
@@ -64,16 +66,19 @@ _HOMES = {
     "TrainConfig": "finetune.config.schema",
     "advise": "finetune.api",
     "check": "finetune.api",
+    "clear_cache": "finetune.runs.cache_folder",
     "count_parameters": "finetune.models.anatomy",
     "evaluate": "finetune.api",
     "explain": "finetune.api",
     "initialize_model": "finetune.models.initialize",
     "inspect": "finetune.api",
     "inspect_network": "finetune.models.anatomy",
+    "list_cache": "finetune.runs.cache_folder",
     "list_models": "finetune.api",
     "load": "finetune.api",
     "output_size": "finetune.models.anatomy",
     "predict": "finetune.api",
+    "prune_cache": "finetune.runs.cache_folder",
     "receptive_field": "finetune.models.anatomy",
     "to_dense": "finetune.models.dense",
     "train": "finetune.api",
@@ -83,6 +88,7 @@ _HOMES = {
 
 __all__ = [
     "Anatomy",
+    "CacheEntry",
     "Classifier",
     "ConfigError",
     "DataError",
@@ -102,16 +108,19 @@ __all__ = [
     "TrainConfig",
     "advise",
     "check",
+    "clear_cache",
     "count_parameters",
     "evaluate",
     "explain",
     "initialize_model",
     "inspect",
     "inspect_network",
+    "list_cache",
     "list_models",
     "load",
     "output_size",
     "predict",
+    "prune_cache",
     "receptive_field",
     "to_dense",
     "train",

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,15 +10,16 @@ from pathlib import Path
 from finetune.advice.choose import Advice, choose
 from finetune.advice.measure import measure
 from finetune.config import TrainConfig, from_yaml, starting_point, with_options
-from finetune.data.check import Diagnosis, require_trainable
+from finetune.data.check import Diagnosis, require_classes, require_trainable
 from finetune.data.listing import list_images
-from finetune.data.loaders import split_loaders
 from finetune.data.named import WrittenData, write_named
 from finetune.data.read import read_images
 from finetune.data.scan import require_few_bad
 from finetune.data.split import split_table
 from finetune.errors import ConfigError
 from finetune.evaluation.scores import Scores
+from finetune.features.extract import TrunkPass
+from finetune.features.trunk import pooled_trunk
 from finetune.models import catalog
 from finetune.models.anatomy import Anatomy, inspect_network
 from finetune.models.device import resolve_device
@@ -30,6 +32,7 @@ from finetune.prediction.dense import Explanation, explain_image, over_whole_pic
 from finetune.prediction.evaluate import Evaluation, SplitChoice, choose_split, evaluate_table
 from finetune.report.class_map import draw_class_map, require_new_picture
 from finetune.report.plots import write_plots
+from finetune.runs.cache_folder import clear_cache, list_cache, prune_cache  # noqa: F401 (verbs as they are)
 from finetune.runs.folder import RunFolder, next_free_folder, open_run
 from finetune.runs.records import FailedPrediction, Prediction
 from finetune.runs.reporting import LoggingReporter, Reporter
@@ -81,13 +84,15 @@ def train(
     if not config.data:
         raise ConfigError("no DATA to train on", "name a folder or CSV of labelled images")
     listing = list_images(Path(config.data))  # before anything is made or emptied for it
+    require_classes(listing)
     config = replace(config, output=config.output or next_free_folder(config.data, config.model))
     assert config.output is not None
     if Path(config.data).is_dir() and config.output.resolve().is_relative_to(listing.root.resolve()):
         raise ConfigError(f"the run folder {config.output} lies inside DATA", "name an --output outside of it")
     with open_run(config.output, resume=config.resume, overwrite=config.overwrite) as run:
-        job = assemble(config, run, reporter)
-        metrics = run_job(job, reporter)
+        job = assemble(config, run, listing, reporter)
+        with closing(job.batches):
+            metrics = run_job(job, reporter)
         write_plots(run, job.table.root)
     return Run(config.output, metrics)
 
@@ -184,14 +189,19 @@ def advise(
     """
     reporter = reporter or LoggingReporter()
     seed_everything(seed)
-    images = read_images(Path(data), reporter=reporter)
-    require_trainable(images.diagnosis)
-    table = split_table(images.scan.table, seed=seed)
     place = resolve_device(device)
-    backbone = build_backbone(model, num_classes=len(images.label_map), weights=weights)
+    listing = list_images(Path(data))
+    require_classes(listing)
+    backbone = build_backbone(model, num_classes=len(listing.class_names), weights=weights)
     backbone.module.to(place)
-    loaders = split_loaders(table, images.label_map, backbone.input_spec, batch_size=32)
-    study = study_images(backbone, loaders, seed=seed, device=place, reporter=reporter)
+    backbone.module.eval()
+    with TrunkPass(
+        pooled_trunk(backbone), data_root=listing.root, images=len(listing.rows), device=place, reporter=reporter
+    ) as trunk_pass:
+        images = read_images(Path(data), listing=listing, onlooker=trunk_pass, reporter=reporter)
+        require_trainable(images.diagnosis)
+        table = split_table(images.scan.table, seed=seed)
+        study = study_images(trunk_pass, table, images.label_map, seed=seed, reporter=reporter)
     return choose(
         measure(study.train, study.probe, is_pretrained=backbone.is_pretrained), has_body=len(backbone.stages) > 1
     )

@@ -63,6 +63,13 @@ class TrainConfig:
     head_start: Literal["probe", "random"] = "probe"
     """Start from the head solved on the frozen features (Kumar 2022, arXiv 2202.10054), or from a random one."""
 
+    boundary_cache: Literal["auto", "always", "never"] = "auto"
+    """Whether layers that stay frozen run once, and the others learn from what they gave: auto measures what is
+    cheaper. The augmentation is then that of the --views."""
+    views: int | Auto = "auto"
+    """Augmented views of each training image that the frozen layers run on, taken in turn by the epochs; 0 is the image
+    as it is. auto: 0 where only the head learns, else 4."""
+
     augmentation: Literal["none", "light", "flowers", "trivial", "affine", "crop-flip", "alexnet"] = "light"
     """Random changes of the training images: light crops and flips; flowers also rotates and changes colours; trivial
     is light with TrivialAugment (Müller 2021, arXiv 2103.10158); affine turns and shifts a little and never mirrors;
@@ -79,8 +86,11 @@ class TrainConfig:
     learning_rate: float | Auto = "auto"
     """Rate of the head, above 0. auto: 1e-3 for a random head (sgd 1e-2); a solved head learns at the trunk's rate."""
     trunk_learning_rate: float | Auto = "auto"
-    """Rate of the layers below the head that learn, above 0. auto: 1e-4 from pretrained weights, 1e-3 from a fresh
-    start, ten times that with sgd (Salman 2020, arXiv 2007.08489)."""
+    """Rate of the stage below the head, above 0. auto, with sgd and with the others: 1e-3 and 1e-4 where the data is
+    near, 1e-2 and 3e-4 where it is far, 1e-2 and 1e-3 from a fresh start (Salman 2020, arXiv 2007.08489)."""
+    depth_ratio: float | Auto = "auto"
+    """Rate of the lowest stage that learns as a share of the trunk's, above 0 and at most 1; the stages between fall
+    evenly. auto: 0.01 where the data is near, 0.1 where it is far (0.03 and 0.3 without BatchNorm), else 1."""
     weight_decay: float | Auto = "auto"
     """Decay of the weights, not of biases and norms. auto: 0.01 with adamw, 5e-4 with sgd, none with adam."""
     schedule: Literal["cosine", "step", "plateau", "one-cycle", "constant"] = "cosine"
@@ -123,6 +133,7 @@ class TrainConfig:
             < self.valid_fraction
             <= 0.5,
             f"--image-size must be 1 or more, got {self.image_size}": self.image_size != "auto" and self.image_size < 1,
+            f"--views must be 0 or more, got {self.views}": self.views != "auto" and self.views < 0,
             f"--epochs must be 0 or more, got {self.epochs}": self.epochs != "auto" and self.epochs < 0,
             f"--batch-size must be 1 or more, got {self.batch_size}": self.batch_size < 1,
             f"--momentum must be 0 to below 1, got {self.momentum}": not 0 <= self.momentum < 1,
@@ -130,6 +141,8 @@ class TrainConfig:
             f"--trunk-learning-rate must be above 0, got {self.trunk_learning_rate}": not _is_auto_or_positive(
                 self.trunk_learning_rate
             ),
+            f"--depth-ratio must be above 0 and at most 1, got {self.depth_ratio}": self.depth_ratio != "auto"
+            and not 0 < self.depth_ratio <= 1,
             f"--weight-decay must be 0 or more, got {self.weight_decay}": self.weight_decay != "auto"
             and not 0 <= self.weight_decay < float("inf"),
             f"--warmup-epochs must be 0 or more, got {self.warmup_epochs}": not 0 <= self.warmup_epochs < float("inf"),

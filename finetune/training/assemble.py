@@ -1,6 +1,7 @@
 """The only place where a config becomes objects: images, network, advice, plan, and all that the loop works on."""
 
 import random
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,37 +10,37 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from torch.utils.data import DataLoader
 
 from finetune.config.schema import OPTION_NAMES, TrainConfig
 from finetune.config.yaml_io import to_yaml
 from finetune.data.check import require_trainable
-from finetune.data.loaders import fastest_workers, labelled_dataset, split_loaders, training_loader
-from finetune.data.pixels import HeldPixels, can_hold, hold_pixels
+from finetune.data.listing import Listing
 from finetune.data.read import read_images
-from finetune.data.scan import write_bad_files
+from finetune.data.scan import Onlooker, write_bad_files
 from finetune.data.split import apply_split, split_table, write_split_csv
 from finetune.data.table import ImageTable
 from finetune.errors import RunError
-from finetune.evaluation.infer import probabilities_of
+from finetune.features.extract import TrunkPass
+from finetune.features.trunk import pooled_trunk
 from finetune.models.device import resolve_device
 from finetune.models.freezing import freeze_stages, hold_batch_norm
+from finetune.models.heads import head_module
 from finetune.models.initialize import Backbone, build_backbone
 from finetune.models.neighbours import require_vectors
 from finetune.models.param_groups import parameter_groups
-from finetune.models.stages import stage_parameters
 from finetune.runs import strict_json
 from finetune.runs.environment import describe_environment
 from finetune.runs.folder import RunFolder, write_whole
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
+from finetune.training.batches import Batches, build_batches
 from finetune.training.checkpoint import SavedState, read_state, restore_state
 from finetune.training.loop import Learner
 from finetune.training.objectives import balanced_class_weights, build_criterion
 from finetune.training.plan import Plan
 from finetune.training.progress import Progress
 from finetune.training.schedules import build_schedule
-from finetune.training.start import start_network
+from finetune.training.start import is_studied, start_network
 
 FREE_TO_CHANGE = frozenset({"data", "output", "overwrite", "resume", "epochs", "workers", "device"})
 """Options that a resume may be given anew."""
@@ -56,7 +57,7 @@ class Job:
     backbone: Backbone
     plan: Plan
     learner: Learner
-    loaders: dict[str, DataLoader[Any]]
+    batches: Batches
     progress: Progress
 
     def identity(self) -> dict[str, Any]:
@@ -69,8 +70,8 @@ class Job:
         }
 
 
-def assemble(config: TrainConfig, run: RunFolder, reporter: Reporter) -> Job:
-    """Turn `config` into a job: a new one, or with `resume` the one that was interrupted in `run`.
+def assemble(config: TrainConfig, run: RunFolder, listing: Listing, reporter: Reporter) -> Job:
+    """Turn `config` into a job on the images of `listing`: a new one, or the one that `resume` goes on with.
 
     Raises:
         ConfigError, DataError, ModelError: The options, the images or the network cannot be used.
@@ -79,44 +80,52 @@ def assemble(config: TrainConfig, run: RunFolder, reporter: Reporter) -> Job:
     accelerator = build_accelerator(config.device, config.precision)
     seed_everything(config.seed)
     saved = read_state(run, reporter) if config.resume else None
-    table, label_map = _images(config, run, reporter)
-    backbone = _network(config, len(label_map), accelerator, use_pretrained=config.use_pretrained and saved is None)
-    is_tiny = can_hold(table, backbone.input_spec, config.augmentation)
-    pixels = hold_pixels(table, backbone.input_spec) if is_tiny else None
-    loaders = split_loaders(table, label_map, backbone.input_spec, batch_size=config.batch_size, pixels=pixels)
-    if saved:
-        values = saved.values["identity"]["plan"]
-        plan = Plan(**values | {"frozen_stages": tuple(values["frozen_stages"])})
-        plan = replace(plan, epochs=plan.epochs if config.epochs == "auto" else config.epochs)
-        backbone = replace(backbone, weights=saved.values["identity"]["pretrained_weights"])
-    else:
-        plan = start_network(config, run, backbone, loaders, device=accelerator.device, reporter=reporter)
-        if plan.start == "fresh" and backbone.is_pretrained:
-            fresh = replace(config, weights=None)
-            backbone = _network(fresh, len(label_map), accelerator, use_pretrained=False)
+    backbone = _network(config, listing, accelerator, use_pretrained=config.use_pretrained and saved is None)
+    with ExitStack() as stack:
+        trunk_pass = None
+        if saved is None and is_studied(config, backbone):
+            trunk_pass = stack.enter_context(
+                TrunkPass(
+                    pooled_trunk(backbone),
+                    data_root=listing.root,
+                    images=len(listing.rows),
+                    device=accelerator.device,
+                    reporter=reporter,
+                    precision=accelerator.mixed_precision,
+                )
+            )
+        table, label_map = _images(config, run, listing, onlooker=trunk_pass, reporter=reporter)
+        if saved:
+            plan = _saved_plan(config, saved)
+            backbone = replace(backbone, weights=saved.values["identity"]["pretrained_weights"])
+            backbone.module.load_state_dict(saved.model)  # what frozen layers give is computed before all is restored
+        else:
+            plan = start_network(config, run, backbone, table, label_map, trunk_pass=trunk_pass, reporter=reporter)
+    if plan.start == "fresh" and backbone.is_pretrained:
+        backbone = _network(replace(config, weights=None), listing, accelerator, use_pretrained=False)
     freeze_stages(backbone.module, backbone.stages, len(plan.frozen_stages))
     if plan.batch_norm == "eval":
         hold_batch_norm(backbone.module)
-    workers = _workers(config, backbone, loaders["train"], accelerator.device)
-    loaders = split_loaders(
-        table, label_map, backbone.input_spec, batch_size=config.batch_size, workers=workers, pixels=pixels
+    batches = build_batches(
+        config, plan, backbone, table, label_map, precision=accelerator.mixed_precision, reporter=reporter
     )
-    loaders["train"] = _training_loader(config, backbone, table, label_map, workers=workers, pixels=pixels)
-    learner = _learner(config, backbone, plan, loaders["train"], accelerator, class_count=len(label_map))
+    learner = _learner(config, backbone, plan, batches, accelerator)
     job = Job(
-        config=_resolved(config, plan, backbone, workers),
+        config=_resolved(config, plan, backbone, batches.workers),
         run=run,
         table=table,
         label_map=label_map,
         backbone=backbone,
         plan=plan,
         learner=learner,
-        loaders=loaders,
+        batches=batches,
         progress=Progress(),
     )
     if saved:
         _refuse_changes(config, saved, job)
-        job.progress = restore_state(saved, learner, is_longer=plan.epochs != values["epochs"])
+        job.progress = restore_state(
+            saved, learner, is_longer=plan.epochs != saved.values["identity"]["plan"]["epochs"]
+        )
         _forget_later_events(run, saved)
     else:
         environment = describe_environment(
@@ -148,11 +157,15 @@ def build_accelerator(device: str, precision: str) -> Accelerator:
     return Accelerator(cpu=device == "cpu", mixed_precision="no" if precision == "fp32" else precision)
 
 
-def _images(config: TrainConfig, run: RunFolder, reporter: Reporter) -> tuple[ImageTable, LabelMap]:
+def _images(
+    config: TrainConfig, run: RunFolder, listing: Listing, *, onlooker: Onlooker | None, reporter: Reporter
+) -> tuple[ImageTable, LabelMap]:
     images = read_images(
         Path(config.data),
+        listing=listing,
         label_names=config.label_names,
         allow_bad_images=config.allow_bad_images,
+        onlooker=onlooker,
         reporter=reporter,
     )
     write_bad_files(images.scan.bad_files, run.bad_files)
@@ -167,10 +180,10 @@ def _images(config: TrainConfig, run: RunFolder, reporter: Reporter) -> tuple[Im
     return table, images.label_map
 
 
-def _network(config: TrainConfig, class_count: int, accelerator: Accelerator, *, use_pretrained: bool) -> Backbone:
+def _network(config: TrainConfig, listing: Listing, accelerator: Accelerator, *, use_pretrained: bool) -> Backbone:
     backbone = build_backbone(
         config.model,
-        num_classes=class_count,
+        num_classes=len(listing.class_names),
         use_pretrained=use_pretrained,
         weights=config.weights,
         head=config.head,
@@ -186,63 +199,28 @@ def _network(config: TrainConfig, class_count: int, accelerator: Accelerator, *,
     return backbone
 
 
-def _training_loader(
-    config: TrainConfig,
-    backbone: Backbone,
-    table: ImageTable,
-    label_map: LabelMap,
-    *,
-    workers: int,
-    pixels: HeldPixels | None,
-) -> DataLoader[Any]:
-    dataset = labelled_dataset(
-        table.select("train"),
-        label_map,
-        backbone.input_spec,
-        augmentation=config.augmentation,
-        seed=config.seed,
-        pixels=pixels,
-    )
-    weights_N = None
-    if config.imbalance == "balanced-sampling":
-        class_indices_N = torch.tensor(dataset.class_indices)
-        weights_N = 1.0 / torch.bincount(class_indices_N)[class_indices_N].double()
-    return training_loader(dataset, batch_size=config.batch_size, seed=config.seed, workers=workers, weights=weights_N)
-
-
-def _workers(config: TrainConfig, backbone: Backbone, loader: DataLoader[Any], device: torch.device) -> int:
-    if config.workers != "auto":
-        return config.workers
-    was_training = backbone.module.training
-    backbone.module.eval()
-    workers = fastest_workers(
-        loader.dataset,  # type: ignore[arg-type]
-        batch_size=config.batch_size,
-        consume=lambda images_BCHW: probabilities_of(backbone.module, images_BCHW.to(device)),
-    )
-    backbone.module.train(was_training)
-    return workers
+def _saved_plan(config: TrainConfig, saved: SavedState) -> Plan:
+    """Return the plan that `saved` followed, with another number of epochs if one was asked for."""
+    values = saved.values["identity"]["plan"]
+    plan = Plan(**values | {"frozen_stages": tuple(values["frozen_stages"])})
+    return plan if config.epochs == "auto" else replace(plan, epochs=config.epochs)
 
 
 def _learner(
-    config: TrainConfig,
-    backbone: Backbone,
-    plan: Plan,
-    loader: DataLoader[Any],
-    accelerator: Accelerator,
-    *,
-    class_count: int,
+    config: TrainConfig, backbone: Backbone, plan: Plan, batches: Batches, accelerator: Accelerator
 ) -> Learner:
     class_weights_K = None
     if config.imbalance == "class-weights":
-        class_indices_N = torch.tensor(loader.dataset.class_indices)  # type: ignore[attr-defined]
+        class_indices_N = torch.tensor(batches.loaders["train"].dataset.class_indices)  # type: ignore[attr-defined]
+        class_count = head_module(backbone.module).weight.shape[0]
         counts_K = torch.bincount(class_indices_N, minlength=class_count)
         class_weights_K = balanced_class_weights(counts_K).to(accelerator.device)
     groups = parameter_groups(
         backbone.module,
-        set(stage_parameters(backbone.module, backbone.stages[-1])),
+        backbone.stages,
         learning_rate=plan.learning_rate,
         trunk_learning_rate=plan.trunk_learning_rate,
+        depth_ratio=plan.depth_ratio,
         weight_decay=plan.weight_decay,
     ) or [{"params": [], "lr": plan.learning_rate}]  # nearest neighbours have nothing to learn
     optimizer: torch.optim.Optimizer
@@ -257,13 +235,14 @@ def _learner(
         optimizer,
         config.schedule,
         epochs=plan.epochs,
-        steps_per_epoch=len(loader),
+        steps_per_epoch=len(batches.loaders["train"]),
         warmup_epochs=config.warmup_epochs,
         step_epochs=config.step_epochs,
         step_factor=config.step_factor,
     )
     return Learner(
-        model=backbone.module,
+        model=batches.model,
+        network=backbone.module,
         criterion=build_criterion(
             config.head, loss=config.loss, label_smoothing=config.label_smoothing, class_weights_K=class_weights_K
         ),
@@ -288,7 +267,10 @@ def _resolved(config: TrainConfig, plan: Plan, backbone: Backbone, workers: int)
         optimizer=plan.optimizer,
         learning_rate=plan.learning_rate,
         trunk_learning_rate=plan.trunk_learning_rate,
+        depth_ratio=plan.depth_ratio,
         weight_decay=plan.weight_decay,
+        views=plan.views,
+        boundary_cache="always" if plan.boundary_cache else "never",
         workers=workers,
         resume=False,
         overwrite=False,

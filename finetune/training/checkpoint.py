@@ -102,7 +102,7 @@ def write_state(run: RunFolder, learner: Learner, progress: Progress, *, identit
     Raises:
         OSError: The disk is full or refuses; nothing that was there before is touched.
     """
-    model = learner.accelerator.unwrap_model(learner.model)
+    model = learner.network
     optimizer_tensors, optimizer_groups = _pack_optimizer(learner.optimizer, model)
     files = {
         "model.safetensors": save(
@@ -161,8 +161,8 @@ def restore_state(state: SavedState, learner: Learner, *, is_longer: bool) -> Pr
     """
     progress = Progress.from_json(state.values["progress"], _read_best(state))
     first_rates = [float(group["lr"]) for group in learner.optimizer.param_groups]
-    learner.model.load_state_dict(state.model)
-    _unpack_optimizer(learner.optimizer, learner.model, state.optimizer, state.values["optimizer_groups"])
+    learner.network.load_state_dict(state.model)
+    _unpack_optimizer(learner.optimizer, learner.network, state.optimizer, state.values["optimizer_groups"])
     if is_longer and learner.schedule.every == "step":
         learner.schedule.catch_up(progress.global_step, first_rates)
     else:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from finetune.data.loaders import EpochSampler, readable
 from finetune.errors import ConfigError, DivergedError, first_ten
+from finetune.models.device import as_inputs
 from finetune.training.objectives import check_pairing, main_output, total_loss
 from finetune.training.progress import History, Progress, Totals, Watcher
 from finetune.training.schedules import Schedule
@@ -28,14 +29,21 @@ LOWER_RATES = "train with a lower --learning-rate and --trunk-learning-rate, or 
 
 @dataclass(kw_only=True)
 class Learner:
-    """What the loop works on. `max_grad_norm` of 0 does not clip."""
+    """What the loop works on. `max_grad_norm` of 0 does not clip.
+
+    `network` is the whole of which `model` may be the part above a cut; its weights are what is kept and saved.
+    """
 
     model: nn.Module
+    network: nn.Module = None  # type: ignore[assignment]
     criterion: nn.Module
     optimizer: Optimizer
     schedule: Schedule
     accelerator: Accelerator = field(default_factory=Accelerator)
     max_grad_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.network = self.network or self.model
 
     def learning_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the optimiser moves."""
@@ -90,9 +98,9 @@ def run_epochs(
     """Train until `num_epochs` are done or a watcher stops it, beginning where `progress` says and keeping it true."""
     if missing := {"train", "valid"} - set(loaders):
         raise ConfigError(f"the loaders lack {sorted(missing)}", "pass {'train': loader, 'valid': loader}")
-    check_pairing(learner.model, learner.criterion)
+    check_pairing(learner.network, learner.criterion)
     sampler = loaders["train"].batch_sampler
-    accelerator, plain_model = learner.accelerator, learner.model
+    accelerator = learner.accelerator
     model, optimizer = accelerator.prepare(learner.model, learner.optimizer)
     train_batches, valid_batches = accelerator.prepare(loaders["train"], loaders["valid"])
     learner.model, learner.optimizer = model, optimizer
@@ -101,7 +109,7 @@ def run_epochs(
     if not progress.has_started:
         start = evaluate_loss(learner, valid_batches)
         progress.history.start_loss, progress.history.start_accuracy = start.mean_loss, start.accuracy
-        progress.keep_best(plain_model, start.accuracy)
+        progress.keep_best(learner.network, start.accuracy)
 
     while progress.epoch < num_epochs and not progress.stop_reason:
         started = time.monotonic()
@@ -119,12 +127,13 @@ def run_epochs(
             if progress.stop_reason:
                 break
         else:
-            _end_epoch(learner, plain_model, valid_batches, progress=progress, seconds=time.monotonic() - started)
+            _end_epoch(learner, valid_batches, progress=progress, seconds=time.monotonic() - started)
             for watcher in watchers:
                 watcher.epoch_ended(progress)
 
     learner.model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    learner.model.load_state_dict(progress.best_weights)
+    learner.network.load_state_dict(progress.best_weights)
+    learner.network.eval()
     learner.model.eval()
 
 
@@ -134,9 +143,9 @@ def train_step(learner: Learner, batch: Sequence[Any], *, step: int = 1) -> tupl
     Raises:
         DivergedError: Loss or gradient is not finite; nothing was changed.
     """
-    images_BCHW, class_indices_B = batch[0], batch[1]
-    with _lone_image_guard(learner.model, len(images_BCHW)):
-        outputs = learner.model(_channels_last(images_BCHW))
+    class_indices_B = batch[1]
+    with _lone_image_guard(learner.model, len(class_indices_B)):
+        outputs = learner.model(*as_inputs(batch[0]))
         loss = total_loss(outputs, class_indices_B, learner.criterion)
     _require_finite(loss, f"loss of step {step}", learner, batch)
     learner.optimizer.zero_grad()
@@ -147,7 +156,7 @@ def train_step(learner: Learner, batch: Sequence[Any], *, step: int = 1) -> tupl
     learner.optimizer.step()
     learner.schedule.step_ended()
     right = int((main_output(outputs).argmax(dim=1) == class_indices_B).sum())
-    return loss.item(), right, len(images_BCHW)
+    return loss.item(), right, len(class_indices_B)
 
 
 @torch.no_grad()
@@ -156,16 +165,14 @@ def evaluate_loss(learner: Learner, batches: Iterable[Any]) -> Totals:
     learner.model.eval()
     totals = Totals()
     for batch in readable(batches):
-        local_BK = main_output(learner.model(_channels_last(batch[0])))
+        local_BK = main_output(learner.model(*as_inputs(batch[0])))
         outputs_BK, class_indices_B = learner.accelerator.gather_for_metrics((local_BK.float(), batch[1]))
         loss = float(learner.criterion(outputs_BK, class_indices_B))
         totals.add(loss, int((outputs_BK.argmax(dim=1) == class_indices_B).sum()), len(class_indices_B))
     return totals
 
 
-def _end_epoch(
-    learner: Learner, plain_model: nn.Module, valid_batches: Iterable[Any], *, progress: Progress, seconds: float
-) -> None:
+def _end_epoch(learner: Learner, valid_batches: Iterable[Any], *, progress: Progress, seconds: float) -> None:
     history = progress.history
     history.learning_rates.append(float(learner.optimizer.param_groups[0]["lr"]))
     valid = evaluate_loss(learner, valid_batches)
@@ -183,7 +190,7 @@ def _end_epoch(
     progress.epoch += 1
     progress.step, progress.totals = 0, Totals()
     if progress.is_best(valid.accuracy):
-        progress.keep_best(plain_model, valid.accuracy)
+        progress.keep_best(learner.network, valid.accuracy)
 
 
 def _require_finite(value: torch.Tensor, what: str, learner: Learner, batch: Sequence[Any]) -> None:
@@ -211,8 +218,3 @@ def _lone_image_guard(model: nn.Module, images: int) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.train()
-
-
-def _channels_last(images: torch.Tensor) -> torch.Tensor:
-    """Lay pictures out as convolutions compute fastest on CPUs and GPUs alike; flat vectors stay as they are."""
-    return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images

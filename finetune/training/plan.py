@@ -12,6 +12,15 @@ EPOCHS_FINE_TUNING = (3, 10)  # fewest and most passes that make up those steps
 EPOCHS_FRESH = 30
 OWN_STATISTICS = 20_000  # training images from which BatchNorm does better with the data's own statistics
 EPOCHS_HEAD = 20
+DEPTH_RATIO_CNN: dict[Scenario, float] = {
+    "small-similar": 1.0,
+    "large-similar": 0.01,
+    "small-different": 0.1,
+    "large-different": 1.0,
+}
+"""Rate of the lowest stage that learns against that of the highest, in CNNs with BatchNorm."""
+DEPTH_RATIO: dict[Scenario, float] = {**DEPTH_RATIO_CNN, "large-similar": 0.03, "small-different": 0.3}
+"""The same in transformers and ConvNeXts: 0.75 and 0.9 a layer, over twelve."""
 WEIGHT_DECAY = {"adamw": 0.01, "adam": 0.0, "sgd": 5e-4}
 
 
@@ -27,9 +36,14 @@ class Plan:
     optimizer: Literal["adamw", "adam", "sgd"]
     learning_rate: float
     trunk_learning_rate: float
+    depth_ratio: float
     weight_decay: float
     batch_norm: Literal["eval", "train"]
     """Mode of the BatchNorm layers that learn; "eval" keeps the statistics of the pretrained network."""
+    boundary_cache: bool = False
+    """Whether the frozen stages run once and the others learn from what they gave."""
+    views: int = 0
+    """Augmented views of every training image that the frozen stages are run on; 0 is the image itself."""
 
 
 def make_plan(
@@ -60,9 +74,14 @@ def make_plan(
     optimizer = config.optimizer
     if optimizer == "auto":
         optimizer = "sgd" if has_batch_norm and not is_fresh else "adamw"
-    pace = 10.0 if optimizer == "sgd" else 1.0
-    trunk = (1e-3 if is_fresh else 1e-4) * pace if config.trunk_learning_rate == "auto" else config.trunk_learning_rate
-    head = (trunk if head_start == "probe" else 1e-3 * pace) if config.learning_rate == "auto" else config.learning_rate
+    is_sgd = optimizer == "sgd"
+    trunk = config.trunk_learning_rate
+    if trunk == "auto":
+        trunk = _trunk_rate(scenario, is_sgd=is_sgd)
+    auto_head = trunk if head_start == "probe" else max(trunk, 1e-2 if is_sgd else 1e-3)
+    depth_ratio = config.depth_ratio
+    if depth_ratio == "auto":
+        depth_ratio = DEPTH_RATIO_CNN[scenario] if has_batch_norm else DEPTH_RATIO[scenario]
     epochs = config.epochs
     if head_start == "neighbours":
         epochs = 0
@@ -75,11 +94,23 @@ def make_plan(
         head_start=head_start,
         epochs=epochs,
         optimizer=optimizer,
-        learning_rate=head,
+        learning_rate=auto_head if config.learning_rate == "auto" else config.learning_rate,
         trunk_learning_rate=trunk,
+        depth_ratio=depth_ratio,
         weight_decay=WEIGHT_DECAY[optimizer] if config.weight_decay == "auto" else config.weight_decay,
         batch_norm="train" if is_fresh or images >= OWN_STATISTICS else "eval",
     )
+
+
+def _trunk_rate(scenario: Scenario, *, is_sgd: bool) -> float:
+    """Return the rate of the top stage: near data wants less change of the network than far data."""
+    match scenario:
+        case "large-different":
+            return 1e-2 if is_sgd else 1e-3
+        case "small-different":
+            return 1e-2 if is_sgd else 3e-4
+        case _:
+            return 1e-3 if is_sgd else 1e-4
 
 
 def _epochs(scenario: Scenario, head_start: str, steps_per_epoch: int) -> int:

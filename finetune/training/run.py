@@ -43,7 +43,9 @@ def run_job(job: Job, reporter: Reporter) -> dict[str, Scores]:
             if job.progress.epoch:
                 stopping.epoch_ended(job.progress)  # a resume of a training that had stopped early
         # The checkpointer comes last: what it saves includes what the others have done.
-        run_epochs(job.learner, job.loaders, job.plan.epochs, progress=job.progress, watchers=[*watchers, checkpointer])
+        run_epochs(
+            job.learner, job.batches.loaders, job.plan.epochs, progress=job.progress, watchers=[*watchers, checkpointer]
+        )
     if interruption.received is not None and job.progress.stop_reason:
         reporter.say(f"Interrupted; the state is saved. Go on with: finetune train --output {job.run.path} --resume")
         if interruption.received == signal.SIGINT:
@@ -73,19 +75,22 @@ def _tell_the_end(job: Job, reporter: Reporter, *, seconds: float) -> None:
         return
     if job.progress.stop_reason:
         reporter.say(f"Stopped early: {job.progress.stop_reason}.")
-    kept = f"epoch {history.best_epoch}" if history.best_epoch else "the start, which no epoch improved on"
+    start = "the solved head, the linear probe" if job.plan.head_start == "probe" else "the start"
+    kept = f"epoch {history.best_epoch}" if history.best_epoch else f"{start}: no epoch of fine-tuning improved on it"
     reporter.say(f"Trained for {seconds:.0f} s; kept {kept} (validation accuracy {history.best_accuracy:.1%}).")
 
 
 def _write_results(job: Job, reporter: Reporter) -> dict[str, Scores]:
-    model = job.learner.model
     predictions: dict[str, Predictions] = {}
     scores: dict[str, Scores] = {}
     for split in ("valid", "test"):
-        if split in job.loaders:
+        if split in job.batches.loaders:
             with reporter.progress(f"Scoring {split}", len(job.table.select(split))) as advance:
                 predictions[split] = predict_batches(
-                    model, readable(job.loaders[split]), device=job.learner.accelerator.device, advance=advance
+                    job.learner.model,
+                    readable(job.batches.loaders[split]),
+                    device=job.learner.accelerator.device,
+                    advance=advance,
                 )
             found = predictions[split]
             scores[split] = score(found.class_indices_N, found.probabilities_NK, job.label_map.class_names)
@@ -101,7 +106,7 @@ def _write_results(job: Job, reporter: Reporter) -> dict[str, Scores]:
         metrics=scores["valid"].headline(),
         data_fingerprint=job.table.fingerprint(),
     )
-    save_model_file(job.run.model, model.state_dict(), metadata)
+    save_model_file(job.run.model, job.backbone.module.state_dict(), metadata)
     write_csv(job.run.predictions, columns=PREDICTION_COLUMNS, rows=_rows(predictions, job.label_map.class_names))
     return scores
 

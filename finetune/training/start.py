@@ -1,54 +1,81 @@
 """Where a new training starts from: the images studied, the scenario chosen, the plan made, the head in place."""
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
 
 from finetune.advice.choose import choose
 from finetune.advice.measure import count_images, measure
 from finetune.config.schema import TrainConfig
-from finetune.models.freezing import frozen_count
+from finetune.data.table import ImageTable
+from finetune.features.extract import TrunkPass
+from finetune.models.freezing import Scenario, frozen_count
 from finetune.models.heads import can_load_linear_head, head_module, load_linear_head
 from finetune.models.initialize import Backbone
 from finetune.models.neighbours import NeighbourHead, attach_neighbours, choose_neighbours
 from finetune.runs import strict_json
 from finetune.runs.folder import RunFolder, write_whole
+from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
+from finetune.training.boundary import weigh_boundary
+from finetune.training.objectives import balanced_class_weights
 from finetune.training.plan import Plan, make_plan
 from finetune.training.study import Baselines, Study, majority_accuracy, study_images
+
+Array = np.ndarray[Any, Any]
+
+
+def is_studied(config: TrainConfig, backbone: Backbone) -> bool:
+    """Tell whether the network is asked what it makes of the images before it learns.
+
+    One with random layers is not, unless they are to stay as they are.
+    """
+    return backbone.is_pretrained or len(backbone.stages) == 1 or _requested(config) not in ("auto", "large-different")
 
 
 def start_network(
     config: TrainConfig,
     run: RunFolder,
     backbone: Backbone,
-    loaders: dict[str, DataLoader[Any]],
+    table: ImageTable,
+    label_map: LabelMap,
     *,
-    device: torch.device,
+    trunk_pass: TrunkPass | None,
     reporter: Reporter,
 ) -> Plan:
     """Study the images, choose the scenario, make the plan and put the solved head in; write down all of it.
 
-    A network with random layers is not asked what it makes of the images, unless they are to stay as they are.
+    Args:
+        config: The options as given.
+        run: Gets the advice and the baselines.
+        backbone: Gets the solved head.
+        table: The images, split.
+        label_map: Gives each label its class index.
+        trunk_pass: Gives the pooled features, if the network `is_studied`.
+        reporter: Told what there is to beat, and the scenario.
     """
-    requested = "small-similar" if config.feature_extract or config.head == "knn" else config.scenario
-    labels_of = {split: np.array(loader.dataset.class_indices) for split, loader in loaders.items()}  # type: ignore[attr-defined]
-    study = None
+    requested = _requested(config)
     has_body = len(backbone.stages) > 1
-    if backbone.is_pretrained or not has_body or requested not in ("auto", "large-different"):
-        with_probe = config.head != "knn" and (has_body or config.loss == "cross-entropy")
+    train_N, valid_N = (np.array(label_map.indices(table.select(split).labels)) for split in ("train", "valid"))
+    study = None
+    evidence = count_images(train_N)
+    baselines = Baselines(majority=majority_accuracy(train_N, valid_N))
+    if trunk_pass:
         study = study_images(
-            backbone, loaders, with_probe=with_probe, seed=config.seed, device=device, reporter=reporter
+            trunk_pass,
+            table,
+            label_map,
+            with_probe=config.head != "knn" and (has_body or config.loss == "cross-entropy"),
+            class_weights_K=_class_weights(config, train_N, len(label_map)),
+            seed=config.seed,
+            reporter=reporter,
         )
         evidence = measure(study.train, study.probe, is_pretrained=backbone.is_pretrained)
         baselines = study.baselines
-    else:
-        evidence = count_images(labels_of["train"])
-        baselines = Baselines(majority=majority_accuracy(labels_of["train"], labels_of["valid"]))
+        run.record("features", trunk_pass.summary())
     advice = choose(evidence, requested=None if requested == "auto" else requested, has_body=has_body)
     frozen = frozen_count(advice.scenario, backbone.module, backbone.stages, images_per_class=evidence.images_per_class)
     plan = make_plan(
@@ -57,8 +84,9 @@ def start_network(
         frozen_stages=tuple(stage.name for stage in backbone.stages[:frozen]),
         can_solve_head=can_load_linear_head(backbone.module),
         has_batch_norm=any(isinstance(module, _BatchNorm) for module in backbone.module.modules()),
-        images=len(labels_of["train"]),
+        images=len(train_N),
     )
+    plan = weigh_boundary(config, plan, backbone, table.select("train"), reporter=reporter)
     if study and plan.head_start != "random":
         _start_head(backbone, study)
     write_whole(run.advice, strict_json.dump({**advice.to_json(), "plan": asdict(plan)}, indent=1))
@@ -67,6 +95,18 @@ def start_network(
         run.record("probe", {**study.probe.summary(), "head_start": plan.head_start})
     _tell(reporter, baselines, advice.scenario, advice.reason)
     return plan
+
+
+def _requested(config: TrainConfig) -> Scenario | Literal["auto"]:
+    return "small-similar" if config.feature_extract or config.head == "knn" else config.scenario
+
+
+def _class_weights(config: TrainConfig, class_indices_N: Array, class_count: int) -> Array | None:
+    """Return what the probe weighs an image of each class with: the same as the loss will."""
+    if config.imbalance != "class-weights":
+        return None
+    counts_K = np.bincount(class_indices_N, minlength=class_count)
+    return balanced_class_weights(torch.from_numpy(counts_K)).numpy()
 
 
 def _start_head(backbone: Backbone, study: Study) -> None:

@@ -1,21 +1,16 @@
-"""One pass over the images before anything learns: features, the baselines every score is held against, the probe."""
+"""What the frozen network makes of the images before anything learns: the baselines to beat, and the probe."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
 
-from finetune.data.dataset import Batch
-from finetune.data.loaders import readable
-from finetune.features.extract import Features, extract_features
+from finetune.data.table import ImageTable
+from finetune.features.extract import Features, TrunkPass
 from finetune.features.neighbours import neighbour_accuracy
 from finetune.features.probe import Probe, solve_probe
-from finetune.models.heads import head_module
-from finetune.models.initialize import Backbone
-from finetune.runs.reporting import Advance, Reporter
+from finetune.runs.records import LabelMap
+from finetune.runs.reporting import Reporter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,29 +40,39 @@ class Study:
 
 
 def study_images(
-    backbone: Backbone,
-    loaders: Mapping[str, DataLoader[Any]],
+    trunk_pass: TrunkPass,
+    table: ImageTable,
+    label_map: LabelMap,
     *,
     with_probe: bool = True,
+    class_weights_K: np.ndarray[Any, Any] | None = None,
     seed: int,
-    device: torch.device,
     reporter: Reporter,
 ) -> Study:
-    """Compute the features of the "train" and "valid" images, solve the probe on the first and score both."""
-    output_layer = head_module(backbone.module)
-    features: dict[str, Features] = {}
-    for split, label in (("train", "Features of the training images"), ("valid", "Features of the validation images")):
-        with reporter.progress(label, len(loaders[split].dataset)) as advance:  # type: ignore[arg-type]
-            batches = _counted(loaders[split], advance)
-            features[split] = extract_features(backbone.module, output_layer, batches, device=device)
-    train, valid = features["train"], features["valid"]
-    probe = solve_probe(train, class_count=output_layer.weight.shape[0], seed=seed) if with_probe else None
+    """Take the features of the "train" and "valid" images, solve the probe on the first and score both.
+
+    Args:
+        trunk_pass: Gives the pooled features.
+        table: The images, split.
+        label_map: Gives each label its class index.
+        with_probe: Whether to solve the probe.
+        class_weights_K: How much an image of each class counts in it; 1 by default.
+        seed: Of the folds of its cross-validation.
+        reporter: Shows progress where features have to be computed.
+    """
+    device = trunk_pass.engine.device
+    train, valid = (trunk_pass.features(table.select(split), label_map, reporter) for split in ("train", "valid"))
+    probe = None
+    if with_probe:
+        probe = solve_probe(
+            train, class_count=len(label_map), seed=seed, class_weights_K=class_weights_K, device=device
+        )
     return Study(
         train=train,
         probe=probe,
         baselines=Baselines(
             majority=majority_accuracy(train.class_indices_N, valid.class_indices_N),
-            knn=neighbour_accuracy(train, valid),
+            knn=neighbour_accuracy(train, valid, device=device),
             probe=float((probe.predict(valid.features_ND) == valid.class_indices_N).mean()) if probe else None,
         ),
     )
@@ -76,10 +81,3 @@ def study_images(
 def majority_accuracy(train_N: np.ndarray[Any, Any], held_out_N: np.ndarray[Any, Any]) -> float:
     """Return the share of the held-out class indices that are the most frequent one of the training images."""
     return float((held_out_N == np.bincount(train_N).argmax()).mean())
-
-
-def _counted(loader: DataLoader[Any], advance: Advance) -> Any:
-    batch: Batch
-    for batch in readable(loader):
-        yield batch
-        advance(len(batch[1]), "")

@@ -37,6 +37,10 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
         ["models", "--help"],
         ["config", "--help"],
         ["config", "show"],
+        ["cache", "--help"],
+        ["cache", "list"],
+        ["cache", "prune"],
+        ["cache", "clear"],
         ["train", "x", "--epochs", "-1"],
     ],
 )

@@ -76,7 +76,7 @@ def test_a_run_folder_holds_what_is_promised(coloured: Path, tmp_path: Path, fin
     assert advice["recommended"] == "small-similar"
     assert "large-similar was asked for" in advice["reason"]
     found = events(run)
-    assert {"baseline", "probe", "start", "epoch", "evaluation"} == set(found)
+    assert {"features", "baseline", "probe", "start", "epoch", "evaluation"} == set(found)
     assert found["baseline"]["majority"] == pytest.approx(1 / 3)
     with (run / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

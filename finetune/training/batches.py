@@ -1,0 +1,113 @@
+"""Where the batches of a training come from: files, pictures in memory or on disk, or what frozen layers gave once."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from finetune.config.schema import TrainConfig
+from finetune.data.dataset import LabelledDataset
+from finetune.data.loaders import (
+    evaluation_loader,
+    fastest_workers,
+    labelled_dataset,
+    split_loaders,
+    training_loader,
+)
+from finetune.data.picture_cache import PictureCache, worth_caching
+from finetune.data.pixels import can_hold, hold_pixels
+from finetune.data.table import ImageTable
+from finetune.evaluation.infer import probabilities_of
+from finetune.features.cut import cut_model
+from finetune.models.initialize import Backbone
+from finetune.runs.records import LabelMap
+from finetune.runs.reporting import Reporter
+from finetune.training.boundary import activation_datasets
+from finetune.training.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """A loader for each split that has images, and what its batches enter: the network, or the part above the cut.
+
+    `workers` is the number of processes that decode, `pictures` where they keep what they decoded.
+    """
+
+    loaders: dict[str, DataLoader[Any]]
+    model: nn.Module
+    workers: int
+    pictures: PictureCache | None = None
+
+    def close(self) -> None:
+        """End writing to the cache."""
+        if self.pictures:
+            self.pictures.close()
+
+
+def build_batches(
+    config: TrainConfig,
+    plan: Plan,
+    backbone: Backbone,
+    table: ImageTable,
+    label_map: LabelMap,
+    *,
+    precision: str,
+    reporter: Reporter,
+) -> Batches:
+    """Build the loaders of a training that follows `plan`.
+
+    Frozen stages that are to run once do so here, on whatever the cache lacks, a GPU in `precision`.
+
+    Raises:
+        ImageError, DataError: A file can no longer be read, or has changed.
+    """
+    if plan.boundary_cache:
+        datasets = activation_datasets(config, plan, backbone, table, label_map, precision=precision, reporter=reporter)
+        loaders = {split: evaluation_loader(data, batch_size=config.batch_size) for split, data in datasets.items()}
+        loaders["train"] = _training_loader(config, datasets["train"], workers=0)
+        part = cut_model(backbone.module, backbone.stages, len(plan.frozen_stages)).rest
+        return Batches(loaders=loaders, model=part, workers=0)
+    spec = backbone.input_spec
+    pixels = hold_pixels(table, spec) if can_hold(table, spec, config.augmentation) else None
+    pictures = PictureCache(spec) if pixels is None and worth_caching(table, spec, plan.epochs) else None
+    train = labelled_dataset(
+        table.select("train"),
+        label_map,
+        spec,
+        augmentation=config.augmentation,
+        seed=config.seed,
+        pixels=pixels,
+        pictures=pictures,
+    )
+    workers = _workers(config, backbone, table, label_map) if pixels is None and plan.epochs else 0
+    loaders = split_loaders(
+        table, label_map, spec, batch_size=config.batch_size, workers=workers, pixels=pixels, pictures=pictures
+    )
+    loaders["train"] = _training_loader(config, train, workers=workers)
+    return Batches(loaders=loaders, model=backbone.module, workers=workers, pictures=pictures)
+
+
+def _training_loader(config: TrainConfig, dataset: LabelledDataset, *, workers: int) -> DataLoader[Any]:
+    weights_N = None
+    if config.imbalance == "balanced-sampling":
+        class_indices_N = torch.tensor(dataset.class_indices)
+        weights_N = 1.0 / torch.bincount(class_indices_N)[class_indices_N].double()
+    return training_loader(dataset, batch_size=config.batch_size, seed=config.seed, workers=workers, weights=weights_N)
+
+
+def _workers(config: TrainConfig, backbone: Backbone, table: ImageTable, label_map: LabelMap) -> int:
+    """Measure how many processes decode fast enough for the network, unless it was said."""
+    if config.workers != "auto":
+        return config.workers
+    device = next(backbone.module.parameters()).device
+    was_training = backbone.module.training
+    backbone.module.eval()
+    workers = fastest_workers(
+        labelled_dataset(table.select("train"), label_map, backbone.input_spec),
+        batch_size=config.batch_size,
+        consume=lambda images_BCHW: probabilities_of(backbone.module, images_BCHW, device=device),
+    )
+    backbone.module.train(was_training)
+    return workers

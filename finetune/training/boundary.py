@@ -1,0 +1,235 @@
+"""Training above the freezing boundary: frozen layers run once, and what they gave is what the rest learns from."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from finetune.config.schema import TrainConfig
+from finetune.data.dataset import Batch, SampleKey
+from finetune.data.decode import decode_image
+from finetune.data.table import SPLITS, ImageTable
+from finetune.data.transforms import evaluation_transform, to_tensor
+from finetune.errors import ModelError
+from finetune.features.cache import ActivationCache, View
+from finetune.features.cut import Cut, cut_model
+from finetune.features.extract import TrunkPass
+from finetune.features.trunk import boundary_trunk
+from finetune.models.device import as_inputs
+from finetune.models.initialize import Backbone
+from finetune.runs.cache_folder import cache_limit_bytes
+from finetune.runs.records import LabelMap
+from finetune.runs.reporting import Reporter
+from finetune.training.objectives import main_output
+from finetune.training.plan import Plan
+
+T = TypeVar("T")
+
+VIEWS = (
+    4  # of each image, where it may be augmented: enough to blur what one crop says, a few epochs' worth of decoding
+)
+MEASURED = 16  # images that a measurement takes
+
+READ_BYTES_PER_SECOND = 0.5e9
+"""At which activations come out of the page cache, are checked and made float32; a slow disk is slower only once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What an image costs, in seconds, and the bytes of what crosses the boundary.
+
+    `rest_seconds` is forward and backward of the part that learns, a third of it the forward alone.
+    """
+
+    decode_seconds: float
+    trunk_seconds: float
+    rest_seconds: float
+    row_bytes: int
+
+    @property
+    def read_seconds(self) -> float:
+        """Seconds to read what crosses the boundary."""
+        return self.row_bytes / READ_BYTES_PER_SECOND
+
+    @property
+    def epoch_ratio(self) -> float:
+        """How many times longer an epoch takes that runs the frozen layers than one that reads their activations."""
+        return (self.decode_seconds + self.trunk_seconds + self.rest_seconds) / (self.read_seconds + self.rest_seconds)
+
+    def saves(self, *, epochs: int, views: int) -> bool:
+        """Tell whether computing `views` of every image once, and reading one an epoch, is the cheaper plan."""
+        once = self.decode_seconds + self.trunk_seconds
+        return views * once + epochs * self.read_seconds < epochs * once
+
+
+def measure_costs(cut: Cut, backbone: Backbone, table: ImageTable) -> Costs:
+    """Time decoding, trunk and rest on the first images of `table`, without a trace: nothing learns, draws or counts.
+
+    Raises:
+        ImageError: A file can no longer be read.
+    """
+    spec, device = backbone.input_spec, next(backbone.module.parameters()).device
+    transform, paths = evaluation_transform(spec), [table.path(row) for row in table.rows[:MEASURED]]
+
+    def decode() -> torch.Tensor:
+        pictures = (to_tensor(decode_image(path, short_side_px=spec.resize_px)) for path in paths)
+        return torch.stack([torch.as_tensor(transform(picture)) for picture in pictures])
+
+    decode_seconds, images_BCHW = _timed(decode, device)
+    images = as_inputs(images_BCHW, device)
+    modes = {module: module.training for module in cut.rest.modules()}
+    cut.rest.eval()  # no statistics move, no dropout draws
+    try:
+        cut.trunk(*images)
+        trunk_seconds, crossing = _timed(lambda: cut.trunk(*images), device)
+        learning = [parameter for parameter in cut.rest.parameters() if parameter.requires_grad]
+        _gradients(cut.rest, crossing, learning)
+        rest_seconds, _ = _timed(lambda: _gradients(cut.rest, crossing, learning), device)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    count = len(images[0])
+    return Costs(
+        decode_seconds=decode_seconds / count,
+        trunk_seconds=trunk_seconds / count,
+        rest_seconds=rest_seconds / count,
+        row_bytes=2 * sum(tensor[0].numel() for tensor in crossing),
+    )
+
+
+def weigh_boundary(
+    config: TrainConfig, plan: Plan, backbone: Backbone, table: ImageTable, *, reporter: Reporter
+) -> Plan:
+    """Return `plan` with the frozen stages run once or in every epoch, whichever costs less.
+
+    What enters the head is always kept: it takes a few kilobytes an image and is there already. A map further down may
+    take more time to read than to compute, or more of the disk than the cache may have.
+
+    Args:
+        config: Asks for "always" or "never", or leaves it to the measurement.
+        plan: Says which stages are frozen, and for how many epochs.
+        backbone: Is measured on the first images.
+        table: The training images.
+        reporter: Told what was measured.
+
+    Raises:
+        ModelError: `boundary_cache` is "always" and the network cannot be cut there.
+    """
+    frozen = len(plan.frozen_stages)
+    if frozen == 0 or config.boundary_cache == "never" or plan.head_start == "neighbours":
+        return plan
+    is_head_only = frozen == len(backbone.stages) - 1
+    try:
+        cut = cut_model(backbone.module, backbone.stages, frozen)
+        costs = None if is_head_only else measure_costs(cut, backbone, table)
+    except ModelError as error:
+        if config.boundary_cache == "always":
+            raise
+        reporter.say(f"The frozen layers run in every epoch: {error.message}.")
+        return plan
+    auto_views = 0 if is_head_only or config.augmentation == "none" else min(plan.epochs, VIEWS)
+    views = auto_views if config.views == "auto" else config.views
+    kept = replace(plan, boundary_cache=True, views=views)
+    if costs is None or config.boundary_cache == "always":
+        return kept
+    disk_bytes = costs.row_bytes * len(table) * max(views, 1)
+    fits = disk_bytes <= cache_limit_bytes() / 2
+    is_cheaper = fits and costs.saves(epochs=plan.epochs, views=max(views, 1))
+    reporter.say(
+        f"The frozen layers run {'once' if is_cheaper else 'in every epoch'}: their activations take "
+        f"{disk_bytes / 1e9:.1f} GB, and an epoch that runs them about {costs.epoch_ratio:.1f} times as long."
+    )
+    return kept if is_cheaper else plan
+
+
+class ActivationDataset(Dataset[Batch]):
+    """What crosses the boundary for the images of a table; torch's loader asks it for whole batches.
+
+    Args:
+        table: The images of one split, all of them in every one of `caches`.
+        label_map: Gives each label its class index.
+        caches: One for each view; an epoch reads the view whose turn it is.
+    """
+
+    def __init__(self, table: ImageTable, label_map: LabelMap, *, caches: Sequence[ActivationCache]) -> None:
+        self.table = table
+        self.caches = caches
+        self.class_indices = label_map.indices(table.labels)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, key: SampleKey) -> Batch:
+        """Return a batch of one image."""
+        return self.__getitems__([key])
+
+    def __getitems__(self, keys: Sequence[SampleKey]) -> Batch:
+        """Return the batch of `keys`, collated; the first of it is a tuple of the tensors that cross, float32."""
+        pairs = [key if isinstance(key, tuple) else (0, key) for key in keys]
+        rows = [self.table.rows[index] for _, index in pairs]
+        found = [
+            self.caches[epoch % len(self.caches)].get(row.sha256) for (epoch, _), row in zip(pairs, rows, strict=True)
+        ]
+        assert None not in found  # the pass that filled the caches has read every row
+        crossing = tuple(
+            torch.stack([torch.from_numpy(array.copy()) for array in arrays]).float()
+            for arrays in zip(*found, strict=True)
+        )
+        return crossing, torch.tensor([self.class_indices[index] for _, index in pairs]), [r.image_path for r in rows]
+
+
+def activation_datasets(
+    config: TrainConfig,
+    plan: Plan,
+    backbone: Backbone,
+    table: ImageTable,
+    label_map: LabelMap,
+    *,
+    precision: str,
+    reporter: Reporter,
+) -> dict[str, ActivationDataset]:
+    """Run the frozen stages on whatever the cache lacks and return a data set for each split that has images.
+
+    Training images come in the augmented views of `plan`, or as they are where it has none; held-out ones as they are.
+
+    Raises:
+        ImageError, DataError: A file can no longer be read, or has changed.
+    """
+    trunk = boundary_trunk(backbone, len(plan.frozen_stages))
+    splits = {split: part for split in SPLITS if len(part := table.select(split))}
+    views = [View(augmentation=config.augmentation, seed=config.seed, number=number) for number in range(plan.views)]
+    datasets: dict[str, ActivationDataset] = {}
+    for split, part in splits.items():
+        caches = []
+        for view in views if split == "train" and views else [None]:
+            device = next(backbone.module.parameters()).device
+            with TrunkPass(
+                trunk,
+                data_root=table.root,
+                images=len(part),
+                device=device,
+                reporter=reporter,
+                view=view,
+                precision=precision,
+            ) as trunk_pass:
+                trunk_pass.fill(part, reporter)
+            caches.append(trunk_pass.cache)
+        datasets[split] = ActivationDataset(part, label_map, caches=caches)
+    return datasets
+
+
+def _timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    started = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started, result
+
+
+def _gradients(rest: nn.Module, crossing: tuple[torch.Tensor, ...], learning: list[nn.Parameter]) -> None:
+    with torch.enable_grad():
+        torch.autograd.grad(main_output(rest(*crossing)).sum(), learning, allow_unused=True)

@@ -56,7 +56,9 @@ def put(title: str, row: bytes = b"row", *, kind: str = "activations", used: int
 
 
 def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != ".cache.lock"}
+    return {
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != ".cache.lock"
+    }
 
 
 def test_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

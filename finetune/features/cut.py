@@ -21,13 +21,13 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import _copy_attr
 
 from finetune.errors import ModelError, first_ten
+from finetune.features.listener import FrozenTrunk, Listener, MeanOverPositions
 from finetune.models.heads import head_layers, head_module
 from finetune.models.stages import Stage, stage_tensors
 from finetune.models.tracing import NetworkTracer, twin_of
@@ -89,7 +89,7 @@ def cut_model(model: nn.Module, stages: Sequence[Stage], count: int) -> Cut:
                 else "the pooled features are the only boundary",
             ) from error
         trunk, rest = _split_at_output_layer(model)
-    return Cut(boundary=boundary, trunk=_Trunk(trunk, boundary), rest=rest)
+    return Cut(boundary=boundary, trunk=FrozenTrunk(trunk, boundary), rest=rest)
 
 
 def possible_cuts(model: nn.Module, stages: Sequence[Stage]) -> tuple[int, ...]:
@@ -120,36 +120,8 @@ def feature_trunk(model: nn.Module) -> nn.Module:
         ModelError: The network has no output layer, or one that is neither linear nor a convolution.
     """
     head_module(model)
-    listener = _Listener(twin_of(model), head_layers(model)[0])
-    return _Trunk(nn.Sequential(listener, _MeanOverPositions()), boundary="the pooled features")
-
-
-class _Trunk(nn.Module):
-    """A network that stays in eval mode, keeps no gradients and gives a row for each image."""
-
-    def __init__(self, network: nn.Module, boundary: str) -> None:
-        super().__init__()
-        self.network = network
-        self.boundary = boundary
-        self.eval()
-
-    def train(self, mode: bool = True) -> Self:  # noqa: ARG002
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, images_BCHW: Tensor) -> Any:
-        crossing = self.network(images_BCHW)
-        if torch.jit.is_tracing():  # type: ignore[attr-defined]
-            return crossing  # a comparison of sizes would warn that it becomes a constant
-        for value in crossing if isinstance(crossing, tuple) else (crossing,):
-            if not isinstance(value, Tensor) or value.shape[:1] != images_BCHW.shape[:1]:
-                found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise ModelError(
-                    f"the network cannot be cut behind {self.boundary}: {found} crosses there, "
-                    f"not a tensor with a row for each of {images_BCHW.shape[0]} images",
-                    "cut it at the pooled features",
-                )
-        return crossing
+    listener = Listener(twin_of(model), head_layers(model)[0])
+    return FrozenTrunk(nn.Sequential(listener, MeanOverPositions()), boundary="the pooled features")
 
 
 class _Part(nn.Module):
@@ -178,41 +150,6 @@ class _Part(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.forwards[self.training](self, *inputs)
-
-
-class _Listener(nn.Module):
-    """What enters the layer `first` of a network, which is run as a whole.
-
-    With `last`, the output of that layer must be what the network returns.
-    """
-
-    def __init__(self, network: nn.Module, first: str, last: str | None = None) -> None:
-        super().__init__()
-        self.network = network
-        self.first = first
-        self.last = last
-
-    def forward(self, images_BCHW: Tensor) -> tuple[Tensor]:
-        entering: list[Tensor] = []
-        leaving: list[Any] = []
-        first, last = map(self.network.get_submodule, (self.first, self.last or self.first))
-        with (
-            first.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0])),
-            last.register_forward_hook(lambda _, __, output: leaving.append(output)),
-        ):
-            output = self.network(images_BCHW)
-        if len(entering) != 1 or (self.last is not None and output is not leaving[0]):
-            raise ModelError(
-                f"the network cannot be cut at its output layer {self.first}: "
-                f"that runs {len(entering)} times, or code that is no module follows it"
-            )
-        return (entering[0],)
-
-
-class _MeanOverPositions(nn.Module):
-    def forward(self, crossing: tuple[Tensor]) -> Tensor:
-        (features,) = crossing
-        return features.mean(dim=(2, 3)) if features.ndim == 4 else features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,7 +325,7 @@ def _split_at_output_layer(model: nn.Module) -> tuple[nn.Module, _Part]:
     for path in paths:
         value = graph.call_module(path, (value,))
     graph.output(value)
-    return _Listener(twin_of(model), paths[0], paths[-1]), _Part(model, {True: graph, False: graph}, constants=model)
+    return Listener(twin_of(model), paths[0], paths[-1]), _Part(model, {True: graph, False: graph}, constants=model)
 
 
 def _sources(node: fx.Node, steps: Mapping[fx.Node, _Step]) -> Iterator[fx.Node]:

@@ -75,6 +75,7 @@ class TrunkEngine:
         self.reporter = reporter
         self.half_type = HALF_TYPES.get(precision) if device.type != "cpu" else None
         self.name = "plain"
+        self._network = trunk
         self._compute: Callable[[torch.Tensor], Outputs] = self._plain
         self._reference: tuple[torch.Tensor, Outputs] | None = None
         self._may_export = device.type == "cpu" and exports is not None
@@ -101,7 +102,8 @@ class TrunkEngine:
         self._reference = images_BCHW, expected
         if self.device.type == "cpu":
             folded = fold_batch_norm(self.trunk, images_BCHW[:1])
-            self._adopt("folded", lambda images: _as_outputs(folded(images)))
+            if self._adopt("folded", lambda images: _as_outputs(folded(images))):
+                self._network = folded
         return expected
 
     def _plain(self, images_BCHW: torch.Tensor) -> Outputs:
@@ -125,7 +127,7 @@ class TrunkEngine:
         images_BCHW = self._reference[0]
         model = self.exports.get(self.export_key)
         if model is None:
-            exported = export_onnx(self.trunk, images_BCHW.new_zeros(BATCH_SIZE, *images_BCHW.shape[1:]))
+            exported = export_onnx(self._network, images_BCHW.new_zeros(BATCH_SIZE, *images_BCHW.shape[1:]))
             if exported is None:
                 return
             self.exports.put(self.export_key, exported)
@@ -203,28 +205,27 @@ def export_onnx(trunk: nn.Module, images_BCHW: torch.Tensor) -> bytes | None:
     """
     file = io.BytesIO()
     try:
-        folded = fold_batch_norm(trunk, images_BCHW[:1])
         with _quiet_exporter(), torch.inference_mode(mode=False), torch.no_grad():
-            torch.onnx.export(folded, (images_BCHW.clone(),), file, dynamo=False, input_names=["images"])  # type: ignore[arg-type]
+            torch.onnx.export(trunk, (images_BCHW.clone(),), file, dynamo=False, input_names=["images"])  # type: ignore[arg-type]
     except Exception:  # whatever an exporter meets in a network it does not know, the network itself still computes
         return None
     return file.getvalue()
 
 
 def onnx_runtime(model: bytes) -> Callable[[torch.Tensor], Outputs] | None:
-    """Return what computes an exported trunk, or None if ONNX Runtime is not there or cannot read it.
+    """Return what computes an exported trunk, or None if ONNX Runtime cannot.
 
     Batches smaller than the one it was exported for are filled up.
     """
-    try:
-        import onnxruntime
+    import onnxruntime
 
+    try:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads leave the cores alone
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception:  # a missing package, a damaged file, an operation it does not know: all mean the same here
+    except Exception:  # it has a class of error for every reason, and here all mean the same
         return None
     source = session.get_inputs()[0]
 

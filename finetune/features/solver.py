@@ -1,6 +1,7 @@
 """Multinomial logistic regression brought to its optimum, for several weightings of the same images at once."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.nn.functional import pad
 
 TOLERANCE = 1e-7  # no probability of an image that counts 1 is then off by more than about 2e-4
 MOST_STEPS = 1_000
-PATIENCE = 20  # steps without progress, after which float32 can tell no more
+PATIENCE = 10  # steps that gain next to nothing, after which float32 can tell no more
 MOST_TRIALS = 10  # of the length of a step
 MOST_LOGITS = 2**20  # in each of about eight arrays, so that they stay in the caches; one problem may take more
 BARRED = -1e4  # bias of a class without images: its probability is exactly zero, so that it takes no part
@@ -60,8 +61,19 @@ def solve(problems: Problems, *, strength: float, start_BKR: Tensor, tolerance: 
     strength_B1 = torch.where(class_counts_B == 2, strength / 2, strength)[:, None]
     at_once = max(1, MOST_LOGITS // (len(problems.class_indices_N) * problems.class_count))
     parts = zip((strength_B1 * problems.image_weights_BN).split(at_once), start_BKR.split(at_once), strict=True)
-    return torch.cat(
-        [_descend(replace(problems, image_weights_BN=part), start, strength * tolerance) for part, start in parts]
+    return torch.cat([_descend(_counting(problems, part), start, strength * tolerance) for part, start in parts])
+
+
+def _counting(problems: Problems, image_weights_BN: Tensor) -> Problems:
+    """Return the problems with other image weights, and without the images that count in none of them."""
+    kept_N = image_weights_BN.any(dim=0)
+    if bool(kept_N.all()):
+        return replace(problems, image_weights_BN=image_weights_BN)
+    return replace(
+        problems,
+        features_NR=problems.features_NR[kept_N],
+        class_indices_N=problems.class_indices_N[kept_N],
+        image_weights_BN=image_weights_BN[:, kept_N],
     )
 
 
@@ -74,33 +86,50 @@ def _descend(problems: Problems, weight_BKR: Tensor, tolerance: float) -> Tensor
     """
     spread_R = problems.features_NR.square().mean(dim=0)
     penalty_R = pad(torch.ones_like(spread_R[1:]), (0, 1))  # none on the bias
-    logits_BKN = problems.logits(weight_BKR)
-    probabilities_BKN, residual_BKN = _residual(problems, logits_BKN)
+    point = _point(problems, problems.logits(weight_BKR))
     direction_BKR, previous_BKR = torch.zeros_like(weight_BKR), torch.zeros_like(weight_BKR)
-    least, waited = torch.inf, 0
+    waited = 0
     for _ in range(MOST_STEPS):
-        gradient_BKR = (residual_BKN.flatten(0, 1) @ problems.features_NR).view_as(weight_BKR) + penalty_R * weight_BKR
-        variance_BKN = (probabilities_BKN - probabilities_BKN.square()) * problems.image_weights_BN[:, None]
-        hessian_BKR = variance_BKN.sum(dim=2, keepdim=True) * spread_R + penalty_R.clamp_min(1e-6)
+        products_BKR = (point.residual_BKN.flatten(0, 1) @ problems.features_NR).view_as(weight_BKR)
+        gradient_BKR = products_BKR + penalty_R * weight_BKR
+        variance_BK = (point.weighted_BKN * (1 - point.probabilities_BKN)).sum(dim=2)
+        hessian_BKR = variance_BK[:, :, None] * spread_R + penalty_R.clamp_min(1e-6)
         downhill_BKR = -gradient_BKR / hessian_BKR
         error_B = -_dot(gradient_BKR, downhill_BKR)
-        worst = float(error_B.max())
-        least, waited = (worst, 0) if worst < least else (least, waited + 1)
-        if worst <= tolerance or waited == PATIENCE:
+        is_open_B = error_B > tolerance
+        if not bool(is_open_B.any()) or waited == PATIENCE:
             break
         beta_B = _beta(direction_BKR, downhill_BKR, gradient_BKR, gradient_BKR - previous_BKR, hessian_BKR)
         direction_BKR = beta_B[:, None, None] * direction_BKR + downhill_BKR
-        direction_BKR *= (error_B > tolerance)[:, None, None]
+        direction_BKR *= is_open_B[:, None, None]
         previous_BKR = gradient_BKR
-        along_BKN = problems.logits(direction_BKR)
         decay_BKR = penalty_R * direction_BKR
         decay_B2 = torch.stack([_dot(decay_BKR, weight_BKR), _dot(decay_BKR, direction_BKR)], dim=1)
-        length_B, probabilities_BKN, residual_BKN = _search(
-            problems, logits_BKN, along_BKN, probabilities_BKN, _dot(gradient_BKR, direction_BKR), decay_B2
-        )
+        slope_B = _dot(gradient_BKR, direction_BKR)
+        length_B, point = _search(problems, point, problems.logits(direction_BKR), slope_B, decay_B2)
         weight_BKR = weight_BKR + length_B[:, None, None] * direction_BKR
-        logits_BKN += length_B[:, None, None] * along_BKN
+        waited = waited + 1 if bool((-slope_B * length_B < 0.01 * tolerance).all()) else 0
     return weight_BKR
+
+
+class _Point(NamedTuple):
+    """Where the descent stands: what the images' probabilities are there, and how far from the truth.
+
+    `weighted_BKN` are the probabilities times what each image counts, `residual_BKN` is that less the weighted truth.
+    """
+
+    logits_BKN: Tensor
+    probabilities_BKN: Tensor
+    weighted_BKN: Tensor
+    residual_BKN: Tensor
+
+
+def _point(problems: Problems, logits_BKN: Tensor) -> _Point:
+    weights_B1N = problems.image_weights_BN[:, None]
+    probabilities_BKN = logits_BKN.softmax(dim=1)
+    weighted_BKN = probabilities_BKN * weights_B1N
+    truth_B1N = problems.class_indices_N.expand_as(weights_B1N)
+    return _Point(logits_BKN, probabilities_BKN, weighted_BKN, weighted_BKN.scatter_add(1, truth_B1N, -weights_B1N))
 
 
 def _beta(
@@ -113,14 +142,9 @@ def _beta(
 
 
 def _search(
-    problems: Problems,
-    logits_BKN: Tensor,
-    along_BKN: Tensor,
-    probabilities_BKN: Tensor,
-    slope_B: Tensor,
-    decay_B2: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the length of the step after which the slope is flat, and probabilities and residual there.
+    problems: Problems, start: _Point, along_BKN: Tensor, slope_B: Tensor, decay_B2: Tensor
+) -> tuple[Tensor, _Point]:
+    """Return the length of the step after which the slope is nearly flat, and the point there.
 
     Newton's method on the slope, kept between a length that is too short and one that is too long. Logits are linear
     in the length, so that no product with the features is needed.
@@ -129,30 +153,22 @@ def _search(
     length_B = low_B = torch.zeros_like(slope_B)
     high_B = torch.full_like(slope_B, torch.inf)
     is_flat_B = torch.zeros_like(slope_B, dtype=torch.bool)
+    point = start
     for _ in range(MOST_TRIALS):
         low_B, high_B = torch.where(slope_B < 0, length_B, low_B), torch.where(slope_B < 0, high_B, length_B)
-        weighted_BKN = probabilities_BKN * along_BKN
-        mean_square_BN, mean_BN = (weighted_BKN * along_BKN).sum(dim=1), weighted_BKN.sum(dim=1)
-        bend_B = (problems.image_weights_BN * (mean_square_BN - mean_BN.square())).sum(dim=1) + decay_B2[:, 1]
+        apart_BKN = along_BKN - (point.probabilities_BKN * along_BKN).sum(dim=1, keepdim=True)
+        bend_B = _dot(point.weighted_BKN * apart_BKN, apart_BKN) + decay_B2[:, 1]
         newton_B = length_B - slope_B / bend_B.clamp_min(1e-30)
         middle_B = torch.where(high_B.isinf(), 2 * low_B + 1, (low_B + high_B) / 2)
         next_B = torch.where((newton_B > low_B) & (newton_B < high_B), newton_B, middle_B)
         length_B = torch.where(is_flat_B, length_B, next_B)
-        probabilities_BKN, residual_BKN = _residual(problems, logits_BKN + length_B[:, None, None] * along_BKN)
-        slope_B = _dot(residual_BKN, along_BKN) + decay_B2[:, 0] + length_B * decay_B2[:, 1]
+        point = _point(problems, torch.addcmul(start.logits_BKN, along_BKN, length_B[:, None, None]))
+        slope_B = _dot(point.residual_BKN, along_BKN) + decay_B2[:, 0] + length_B * decay_B2[:, 1]
         is_flat_B = slope_B.abs() <= enough_B
         if bool(is_flat_B.all()):
             break
-    return length_B, probabilities_BKN, residual_BKN
+    return length_B, point
 
 
-def _residual(problems: Problems, logits_BKN: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the probabilities, and by how much each exceeds the truth times what its image counts."""
-    probabilities_BKN = logits_BKN.softmax(dim=1)
-    residual_BKN = probabilities_BKN * problems.image_weights_BN[:, None]
-    truth_B1N = problems.class_indices_N.expand(len(logits_BKN), 1, -1)
-    return probabilities_BKN, residual_BKN.scatter_add_(1, truth_B1N, -problems.image_weights_BN[:, None])
-
-
-def _dot(one: Tensor, other: Tensor) -> Tensor:
-    return (one * other).sum(dim=(1, 2))
+def _dot(one_BXY: Tensor, other_BXY: Tensor) -> Tensor:
+    return (one_BXY[:, None].flatten(2) @ other_BXY.flatten(1)[:, :, None]).flatten()

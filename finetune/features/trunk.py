@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.features.cut import cut_model, feature_trunk
+from finetune.features.cut import Cut, feature_trunk
 from finetune.models.initialize import Backbone
 from finetune.models.stages import stage_tensors
 
@@ -60,20 +60,19 @@ def pooled_trunk(backbone: Backbone) -> Trunk:
     return Trunk(backbone=backbone, module=module, frozen=len(backbone.stages) - 1, is_pooled=True)
 
 
-def boundary_trunk(backbone: Backbone, frozen: int) -> Trunk:
-    """Return the first `frozen` stages of `backbone`; the pooled trunk where no more than its features crosses.
+def boundary_trunk(backbone: Backbone, cut: Cut, frozen: int) -> Trunk:
+    """Return the trunk of `cut`, the first `frozen` stages; the pooled trunk where no more than its features crosses.
 
     Raises:
-        ModelError: The network cannot be cut there.
+        ModelError: What crosses is other than tensors with a row for each image.
     """
-    module = cut_model(backbone.module, backbone.stages, frozen).trunk
     if frozen == len(backbone.stages) - 1:
         pooled, spec = pooled_trunk(backbone), backbone.input_spec
         device = next(backbone.module.parameters()).device
         image_1CHW = torch.linspace(-1, 1, spec.channels * spec.image_size_px**2, device=device).view(
             1, spec.channels, spec.image_size_px, spec.image_size_px
         )
-        crossing, features_1D = module(image_1CHW), pooled.module(image_1CHW)
+        crossing, features_1D = cut.trunk(image_1CHW), pooled.module(image_1CHW)
         if len(crossing) == 1 and torch.equal(crossing[0], features_1D):
             return pooled
-    return Trunk(backbone=backbone, module=module, frozen=frozen, is_pooled=False)
+    return Trunk(backbone=backbone, module=cut.trunk, frozen=frozen, is_pooled=False)

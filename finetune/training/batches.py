@@ -20,7 +20,9 @@ from finetune.data.picture_cache import PictureCache, worth_caching
 from finetune.data.pixels import can_hold, hold_pixels
 from finetune.data.table import ImageTable
 from finetune.evaluation.infer import probabilities_of
+from finetune.features.cache import View
 from finetune.features.cut import cut_model
+from finetune.features.trunk import boundary_trunk
 from finetune.models.initialize import Backbone
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
@@ -64,11 +66,19 @@ def build_batches(
         ImageError, DataError: A file can no longer be read, or has changed.
     """
     if plan.boundary_cache:
-        datasets = activation_datasets(config, plan, backbone, table, label_map, precision=precision, reporter=reporter)
+        frozen = len(plan.frozen_stages)
+        cut = cut_model(backbone.module, backbone.stages, frozen)
+        datasets = activation_datasets(
+            boundary_trunk(backbone, cut, frozen),
+            table,
+            label_map,
+            views=[View(augmentation=config.augmentation, seed=config.seed, number=n) for n in range(plan.views)],
+            precision=precision,
+            reporter=reporter,
+        )
         loaders = {split: evaluation_loader(data, batch_size=config.batch_size) for split, data in datasets.items()}
         loaders["train"] = _training_loader(config, datasets["train"], workers=0)
-        part = cut_model(backbone.module, backbone.stages, len(plan.frozen_stages)).rest
-        return Batches(loaders=loaders, model=part, workers=0)
+        return Batches(loaders=loaders, model=cut.rest, workers=0)
     spec = backbone.input_spec
     pixels = hold_pixels(table, spec) if can_hold(table, spec, config.augmentation) else None
     pictures = PictureCache(spec) if pixels is None and worth_caching(table, spec, plan.epochs) else None

@@ -18,7 +18,7 @@ from finetune.errors import ModelError
 from finetune.features.cache import ActivationCache, View
 from finetune.features.cut import Cut, cut_model
 from finetune.features.extract import TrunkPass
-from finetune.features.trunk import boundary_trunk
+from finetune.features.trunk import Trunk
 from finetune.models.device import as_inputs
 from finetune.models.initialize import Backbone
 from finetune.runs.cache_folder import cache_limit_bytes
@@ -29,9 +29,7 @@ from finetune.training.plan import Plan
 
 T = TypeVar("T")
 
-VIEWS = (
-    4  # of each image, where it may be augmented: enough to blur what one crop says, a few epochs' worth of decoding
-)
+VIEWS = 4  # of each image, where it may be augmented: they cost what four epochs of the frozen layers would
 MEASURED = 16  # images that a measurement takes
 
 READ_BYTES_PER_SECOND = 0.5e9
@@ -183,30 +181,28 @@ class ActivationDataset(Dataset[Batch]):
 
 
 def activation_datasets(
-    config: TrainConfig,
-    plan: Plan,
-    backbone: Backbone,
+    trunk: Trunk,
     table: ImageTable,
     label_map: LabelMap,
     *,
+    views: Sequence[View],
     precision: str,
     reporter: Reporter,
 ) -> dict[str, ActivationDataset]:
-    """Run the frozen stages on whatever the cache lacks and return a data set for each split that has images.
+    """Run `trunk` on whatever the cache lacks and return a data set for each split that has images.
 
-    Training images come in the augmented views of `plan`, or as they are where it has none; held-out ones as they are.
+    Training images come in the augmented `views`, or as they are where there are none; held-out ones as they are.
 
     Raises:
         ImageError, DataError: A file can no longer be read, or has changed.
     """
-    trunk = boundary_trunk(backbone, len(plan.frozen_stages))
-    splits = {split: part for split in SPLITS if len(part := table.select(split))}
-    views = [View(augmentation=config.augmentation, seed=config.seed, number=number) for number in range(plan.views)]
+    device = next(trunk.backbone.module.parameters()).device
     datasets: dict[str, ActivationDataset] = {}
-    for split, part in splits.items():
+    for split in SPLITS:
+        if not len(part := table.select(split)):
+            continue
         caches = []
         for view in views if split == "train" and views else [None]:
-            device = next(backbone.module.parameters()).device
             with TrunkPass(
                 trunk,
                 data_root=table.root,

@@ -68,6 +68,12 @@ def engine_of(trunk: nn.Module, exports: RowStore | None, *, count: int = 64) ->
     return TrunkEngine(trunk, device=CPU, images=count, exports=exports, export_key="ab" * 32, reporter=said), said
 
 
+def expect_plain(engine: TrunkEngine, trunk: nn.Module, images_BCHW: torch.Tensor) -> None:
+    (found,) = engine(images_BCHW)
+    with torch.no_grad():
+        torch.testing.assert_close(found, trunk(images_BCHW), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0", "densenet", "squeezenet", "vgg"])
 def test_folding_leaves_no_norm_behind_a_convolution_and_the_outputs_as_they_were(name: str) -> None:
     torch.manual_seed(0)
@@ -87,9 +93,7 @@ def test_every_batch_gives_what_the_plain_trunk_gives() -> None:
     trunk = small_net()
     engine, said = engine_of(trunk, None)
     for seed in range(3):
-        (found,) = engine(images(seed=seed))
-        with torch.no_grad():
-            torch.testing.assert_close(found, trunk(images(seed=seed)), rtol=1e-4, atol=1e-5)
+        expect_plain(engine, trunk, images(seed=seed))
     assert engine.name == "folded"
     assert said.warnings == []
 
@@ -108,9 +112,7 @@ def test_a_convolution_that_two_modules_read_is_not_folded_unseen() -> None:
     trunk = randomised(TwoReaders())
     engine, said = engine_of(trunk, None)
     engine(images())
-    (found,) = engine(images(seed=5))
-    with torch.no_grad():
-        torch.testing.assert_close(found, trunk(images(seed=5)), rtol=1e-4, atol=1e-5)
+    expect_plain(engine, trunk, images(seed=5))
     assert engine.name == "plain"
     assert "folded" in said.warnings[0]
 
@@ -123,12 +125,8 @@ def test_onnx_runtime_takes_over_where_much_is_left_to_compute(
     trunk = small_net()
     engine, said = engine_of(trunk, exports)
     for seed in range(3):
-        (found,) = engine(images(seed=seed))
-        with torch.no_grad():
-            torch.testing.assert_close(found, trunk(images(seed=seed)), rtol=1e-4, atol=1e-5)
-    (found,) = engine(images(3, seed=9))  # a last batch that is not full
-    with torch.no_grad():
-        torch.testing.assert_close(found, trunk(images(3, seed=9)), rtol=1e-4, atol=1e-5)
+        expect_plain(engine, trunk, images(seed=seed))
+    expect_plain(engine, trunk, images(3, seed=9))  # a last batch that is not full
     assert engine.name == "ONNX Runtime"
     assert "ab" * 32 in exports
     assert said.warnings == []
@@ -155,9 +153,7 @@ def test_a_kept_export_is_used_again_and_a_wrong_one_is_refused_aloud(
     trunk = small_net()
     engine, said = engine_of(trunk, exports)
     for seed in range(3):
-        (found,) = engine(images(seed=seed))
-        with torch.no_grad():
-            torch.testing.assert_close(found, trunk(images(seed=seed)), rtol=1e-4, atol=1e-5)
+        expect_plain(engine, trunk, images(seed=seed))
     assert engine.name == "folded"
     assert "ONNX Runtime" in said.warnings[0]
 

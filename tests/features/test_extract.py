@@ -18,6 +18,7 @@ from finetune.data.table import ImageTable
 from finetune.data.transforms import evaluation_transform, to_tensor, training_transform
 from finetune.errors import DataError
 from finetune.features.cache import View
+from finetune.features.cut import cut_model
 from finetune.features.extract import TrunkPass
 from finetune.features.trunk import Trunk, boundary_trunk, pooled_trunk
 from finetune.models.heads import head_module
@@ -49,6 +50,10 @@ def folder(tmp_path: Path) -> Path:
 def backbone() -> Backbone:
     torch.manual_seed(0)
     return build_backbone("resnet18", num_classes=2, use_pretrained=False, image_size=32)
+
+
+def boundary(backbone: Backbone, frozen: int) -> Trunk:
+    return boundary_trunk(backbone, cut_model(backbone.module, backbone.stages, frozen), frozen)
 
 
 def table_of(folder: Path) -> ImageTable:
@@ -233,7 +238,7 @@ def test_views_and_boundaries_have_caches_of_their_own(trunk_pass: Begin, folder
     passes = [
         trunk_pass(pooled_trunk(backbone)),
         trunk_pass(pooled_trunk(backbone), view=View(augmentation="light", seed=0, number=0)),
-        trunk_pass(boundary_trunk(backbone, 3)),
+        trunk_pass(boundary(backbone, 3)),
     ]
     for one in passes:
         one.fill(table, LoggingReporter())
@@ -242,7 +247,7 @@ def test_views_and_boundaries_have_caches_of_their_own(trunk_pass: Begin, folder
 
 def test_maps_are_kept_in_half_precision(trunk_pass: Begin, folder: Path, backbone: Backbone) -> None:
     table = table_of(folder)
-    trunk = boundary_trunk(backbone, 3)
+    trunk = boundary(backbone, 3)
     asked = trunk_pass(trunk)
     asked.fill(table, LoggingReporter())
     kept = asked.cache.get(table.rows[0].sha256)
@@ -255,7 +260,7 @@ def test_maps_are_kept_in_half_precision(trunk_pass: Begin, folder: Path, backbo
 
 def test_where_only_the_features_cross_the_pooled_cache_serves_the_boundary(backbone: Backbone) -> None:
     backbone.module.eval()
-    assert boundary_trunk(backbone, len(backbone.stages) - 1).is_pooled
+    assert boundary(backbone, len(backbone.stages) - 1).is_pooled
     squeezenet = build_backbone("squeezenet", num_classes=2, use_pretrained=False)
     squeezenet.module.eval()
-    assert not boundary_trunk(squeezenet, len(squeezenet.stages) - 1).is_pooled
+    assert not boundary(squeezenet, len(squeezenet.stages) - 1).is_pooled

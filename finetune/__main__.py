@@ -1,7 +1,6 @@
 """`python -m finetune`, as launchers of several processes call it."""
 
-import sys
+from finetune.cli.main import run_process
 
-from finetune.cli.main import main
-
-sys.exit(main())
+if __name__ == "__main__":
+    run_process()

@@ -17,7 +17,7 @@ from finetune.data.table import ImageRow, ImageTable
 from finetune.data.transforms import evaluation_transform, to_tensor, training_transform
 from finetune.errors import DataError
 from finetune.features.cache import ActivationCache, View, open_activations, open_exports
-from finetune.features.engine import BATCH_SIZE, TrunkEngine
+from finetune.features.engine import TrunkEngine
 from finetune.features.trunk import Trunk
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
@@ -115,7 +115,7 @@ class TrunkPass:
         """Compute a prepared picture, together with others as soon as they make a batch."""
         if all(sha256 != key for key, _ in self._waiting):  # copies are one image
             self._waiting.append((sha256, prepared))
-        if len(self._waiting) == BATCH_SIZE:
+        if len(self._waiting) == self.engine.batch_size:
             self.flush()
 
     def flush(self) -> None:

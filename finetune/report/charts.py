@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 DOTS_PER_INCH = 120
+PNG = {"compress_level": 1}  # a third larger than at the usual 6, and written in a fifth of the time
 FONT = "DejaVu Sans"  # the font that matplotlib itself carries, so that a chart looks the same everywhere
 INK, FAINT, BLUE, ORANGE = "#333333", "#8a8a8a", "#1f5fa8", "#c7661b"
 RIGHT, WRONG = "#1a7f37", "#b42318"
@@ -83,7 +84,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write `figure` as a PNG file at `path`, making its folder where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with style():
-        figure.savefig(path, format="png", dpi=DOTS_PER_INCH, facecolor="white")
+        figure.savefig(path, format="png", dpi=DOTS_PER_INCH, facecolor="white", pil_kwargs=PNG)
 
 
 def curves_figure(history: Mapping[str, Sequence[float]], *, best_epoch: int | None = None) -> Figure:

@@ -120,19 +120,19 @@ def weigh_boundary(
     frozen = len(plan.frozen_stages)
     if frozen == 0 or config.boundary_cache == "never" or plan.head_start == "neighbours":
         return plan
-    is_head_only = frozen == len(backbone.stages) - 1
+    if frozen == len(backbone.stages) - 1:
+        return replace(plan, boundary_cache=True, views=0 if config.views == "auto" else config.views)
     try:
-        cut = cut_model(backbone.module, backbone.stages, frozen)
-        costs = None if is_head_only else measure_costs(cut, backbone, table)
+        costs = measure_costs(cut_model(backbone.module, backbone.stages, frozen), backbone, table)
     except ModelError as error:
         if config.boundary_cache == "always":
             raise
         reporter.say(f"The frozen layers run in every epoch: {error.message}.")
         return plan
-    auto_views = 0 if is_head_only or config.augmentation == "none" else min(plan.epochs, VIEWS)
+    auto_views = 0 if config.augmentation == "none" else min(plan.epochs, VIEWS)
     views = auto_views if config.views == "auto" else config.views
     kept = replace(plan, boundary_cache=True, views=views)
-    if costs is None or config.boundary_cache == "always":
+    if config.boundary_cache == "always":
         return kept
     disk_bytes = costs.row_bytes * len(table) * max(views, 1)
     fits = disk_bytes <= cache_limit_bytes() / 2

@@ -27,7 +27,7 @@ Outputs = tuple[torch.Tensor, ...]
 """What a trunk gives for a batch, each (B, …) float32 on the CPU."""
 
 BATCH_SIZE = 8
-"""Images a CPU computes at once: larger batches are no faster, and the memory they are the first to touch takes time."""
+"""Images a CPU computes at once: more are no faster, and the memory that they are the first to touch takes time."""
 
 DEVICE_BATCH_SIZE = 64
 """Images any other device computes at once."""

@@ -113,7 +113,7 @@ class TrunkPass:
 
     def take(self, sha256: str, prepared: torch.Tensor) -> None:
         """Compute a prepared picture, together with others as soon as they make a batch."""
-        if all(sha256 != key for key, _ in self._waiting):  # copies are one image
+        if sha256 not in self.cache and all(sha256 != key for key, _ in self._waiting):  # copies are one image
             self._waiting.append((sha256, prepared))
         if len(self._waiting) == self.engine.batch_size:
             self.flush()

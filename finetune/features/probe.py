@@ -16,8 +16,8 @@ from finetune.features.solver import BARRED, Problems, solve
 
 Array = np.ndarray[Any, Any]
 
-STRENGTHS = tuple(10 ** (exponent / 2) for exponent in range(-8, 1))
-"""Inverse regularisation tried, on standardised features; weaker ones only sharpen what is told apart already."""
+STRENGTHS = tuple(10 ** (exponent / 2) for exponent in range(-8, 3))
+"""Inverse regularisation tried, on scaled features; weaker ones only sharpen what is told apart already."""
 USUAL_STRENGTH = 1e-2  # where nothing can be held out to choose by
 FOLDS = 5
 FOLD_TOLERANCE = 2e-6  # an image: the log loss is right to about 3e-4 then, which is enough to compare strengths by
@@ -56,20 +56,20 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """The principal axes of standardised features: where the probe is solved, and the way back to raw features.
+    """The principal axes of scaled features: where the probe is solved, and the way back to raw features.
 
     There the Hessian of the loss is nearly diagonal, which makes the solution quick. With an L2 penalty it lies in what
     the images span (the representer theorem), so that few images with many features are a small problem.
     """
 
     mean_D: Array
-    scale_D: Array
+    scale: float
     basis_AD: Tensor
     features_NR: Tensor
 
     def raw_head(self, weight_KR: Tensor) -> tuple[Array, Array]:
         """Return the weights (K, D) and biases (K,) that do to raw features what `weight_KR` does to `features_NR`."""
-        weight_KD = (weight_KR[:, :-1] @ self.basis_AD).cpu().double().numpy() / self.scale_D
+        weight_KD = (weight_KR[:, :-1] @ self.basis_AD).cpu().double().numpy() / self.scale
         bias_K = weight_KR[:, -1].cpu().double().numpy() - weight_KD @ self.mean_D
         return weight_KD.astype(np.float32), bias_K.astype(np.float32)
 
@@ -86,7 +86,10 @@ class _Trial(NamedTuple):
 def solve_probe(
     train: Features, *, class_count: int, seed: int, class_weights_K: Array | None = None, device: torch.device = CPU
 ) -> Probe:
-    """Solve the L2-regularised multinomial logistic regression on standardised features.
+    """Solve the L2-regularised multinomial logistic regression on centred and scaled features.
+
+    One scale, the root mean square of all, serves every feature: a scale for each would raise those that hardly ever
+    stir, which are many in a pretrained network, to the rank of all others.
 
     Regularisation is chosen by the log loss in a stratified cross-validation: unlike the accuracy it still tells
     strengths apart when all are right, and its minimum gives honest probabilities.
@@ -126,7 +129,7 @@ def solve_probe(
 
 
 def find_axes(features_ND: Array, device: torch.device) -> Axes:
-    """Standardise the features and turn them to their principal axes, at most as many as images or features.
+    """Centre and scale the features and turn them to their principal axes, at most as many as images or features.
 
     Raises:
         ModelError: A feature is not a finite number.
@@ -134,11 +137,10 @@ def find_axes(features_ND: Array, device: torch.device) -> Axes:
     if not np.isfinite(features_ND).all():
         raise ModelError("the features that the network gives are not all finite numbers", "take other weights")
     mean_D = features_ND.mean(axis=0, dtype=np.float64).astype(np.float32)
-    standard_ND = features_ND - mean_D
-    scale_D = np.sqrt(np.square(standard_ND).mean(axis=0, dtype=np.float64)).astype(np.float32)
-    scale_D[scale_D < 1e-8] = 1.0
-    standard_ND /= scale_D
-    whole_ND = torch.from_numpy(standard_ND).to(device)
+    scaled_ND = features_ND - mean_D
+    scale = float(np.sqrt(np.square(scaled_ND).mean(dtype=np.float64))) or 1.0
+    scaled_ND /= scale
+    whole_ND = torch.from_numpy(scaled_ND).to(device)
     if len(whole_ND) >= whole_ND.shape[1]:
         basis_AD = torch.linalg.eigh((whole_ND.T @ whole_ND).cpu().double()).eigenvectors.T.to(whole_ND)
     else:
@@ -147,7 +149,7 @@ def find_axes(features_ND: Array, device: torch.device) -> Axes:
         is_kept_N = squares_N > 1e-10 * squares_N[-1]
         basis_AD = ((images_NN[:, is_kept_N] / squares_N[is_kept_N].sqrt()).T @ exact_ND).to(whole_ND)
     features_NR = pad(whole_ND @ basis_AD.T, (0, 1), value=1.0)
-    return Axes(mean_D=mean_D, scale_D=scale_D, basis_AD=basis_AD, features_NR=features_NR)
+    return Axes(mean_D=mean_D, scale=scale, basis_AD=basis_AD, features_NR=features_NR)
 
 
 def deal_folds(class_indices_N: Array, *, fold_count: int, seed: int) -> Array:

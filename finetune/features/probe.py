@@ -19,6 +19,12 @@ Array = np.ndarray[Any, Any]
 STRENGTHS = tuple(10 ** (exponent / 2) for exponent in range(-8, 3))
 """Inverse regularisation tried, on scaled features; weaker ones only sharpen what is told apart already."""
 USUAL_STRENGTH = 1e-2  # where nothing can be held out to choose by
+SHRINKAGE = 0.8
+"""How far the scatter within the classes is drawn to one size in all directions; on few images it is mostly chance.
+
+Chosen on 50 to 450 images of digits, MNIST and stamps of kinds that no result is reported on; 0.6 to 0.9 do as well,
+and all of them better than the plain L2 penalty: by 0.5 to 4 points of accuracy.
+"""
 FOLDS = 5
 FOLD_TOLERANCE = 2e-6  # an image: the log loss is right to about 3e-4 then, which is enough to compare strengths by
 CPU = torch.device("cpu")
@@ -67,6 +73,33 @@ class Axes:
     basis_AD: Tensor
     features_NR: Tensor
 
+    def within(self, class_indices_N: Tensor, is_kept_N: Tensor | None = None) -> Tensor:
+        """Return a basis (R, R) in which the kept images scatter alike in all directions around their class's mean.
+
+        The scatter is drawn to a multiple of the identity by SHRINKAGE (Ledoit & Wolf 2004), and the basis so long that
+        the mean square of all features is one. The bias, the last of R, is apart from all others.
+
+        Args:
+            class_indices_N: Of the images that the axes were found on.
+            is_kept_N: Which of them to look at; by default all.
+        """
+        features_NA, classes_N = self.features_NR[:, :-1], class_indices_N
+        if is_kept_N is not None:
+            features_NA, classes_N = features_NA[is_kept_N], classes_N[is_kept_N]
+        counts_K = classes_N.bincount()
+        sums_KA = features_NA.new_zeros(len(counts_K), features_NA.shape[1]).index_add_(0, classes_N, features_NA)
+        residual_NA = features_NA - (sums_KA / counts_K.clamp_min(1)[:, None])[classes_N]
+        scatter_AA = residual_NA.T @ residual_NA / len(features_NA)
+        alike = scatter_AA.trace() / len(self.mean_D)
+        identity_AA = torch.eye(len(scatter_AA)).to(scatter_AA)
+        is_scattered = bool(alike > 1e-12)  # not where every class has one image
+        shrunk_AA = SHRINKAGE * alike * identity_AA + (1 - SHRINKAGE) * scatter_AA if is_scattered else identity_AA
+        root_AA = torch.linalg.cholesky(shrunk_AA)
+        basis_AA = torch.linalg.solve_triangular(root_AA, identity_AA, upper=False).mT
+        size = (features_NA @ basis_AA).square().sum() / (len(features_NA) * len(self.mean_D))
+        basis_RR: Tensor = torch.block_diag(basis_AA / size.sqrt().clamp_min(1e-6), basis_AA.new_ones(1, 1))
+        return basis_RR
+
     def raw_head(self, weight_KR: Tensor) -> tuple[Array, Array]:
         """Return the weights (K, D) and biases (K,) that do to raw features what `weight_KR` does to `features_NR`."""
         weight_KD = (weight_KR[:, :-1] @ self.basis_AD).cpu().double().numpy() / self.scale
@@ -86,10 +119,10 @@ class _Trial(NamedTuple):
 def solve_probe(
     train: Features, *, class_count: int, seed: int, class_weights_K: Array | None = None, device: torch.device = CPU
 ) -> Probe:
-    """Solve the L2-regularised multinomial logistic regression on centred and scaled features.
+    """Solve the L2-regularised multinomial logistic regression on features that scatter alike within the classes.
 
-    One scale, the root mean square of all, serves every feature: a scale for each would raise those that hardly ever
-    stir, which are many in a pretrained network, to the rank of all others.
+    The penalty is on weights in the basis of `Axes.within`: what differs between images of one class, light or pose, is
+    held against a direction, as in linear discriminant analysis (Fisher 1936), of which this is the regularised kin.
 
     Regularisation is chosen by the log loss in a stratified cross-validation: unlike the accuracy it still tells
     strengths apart when all are right, and its minimum gives honest probabilities.
@@ -115,10 +148,11 @@ def solve_probe(
         class_count=class_count,
     )
     held_out_FN = _held_out(classes_N, seed)
-    best = _best_trial(problem, torch.from_numpy(held_out_FN).to(device)) if len(held_out_FN) else None
+    best = _best_trial(problem, axes, torch.from_numpy(held_out_FN).to(device)) if len(held_out_FN) else None
     strength, start_1KR = (best.strength, _between(best.weight_FKR)) if best else (USUAL_STRENGTH, problem.start())
+    problem = replace(problem, basis_BRR=axes.within(problem.class_indices_N)[None])
     weight_1KR = solve(problem, strength=strength, start_BKR=start_1KR)
-    weight_KD, bias_K = axes.raw_head(_settle(weight_1KR)[0])
+    weight_KD, bias_K = axes.raw_head(problem.on_features(_settle(weight_1KR))[0])
     return Probe(
         weight_KD=weight_KD,
         bias_K=bias_K,
@@ -174,20 +208,23 @@ def _held_out(class_indices_N: Array, seed: int) -> Array:
     return kept_FN
 
 
-def _best_trial(problem: Problems, held_out_FN: Tensor) -> _Trial:
+def _best_trial(problem: Problems, axes: Axes, held_out_FN: Tensor) -> _Trial:
     """Try the strengths and return the one with the least log loss on what the folds hold out.
 
     The strongest regularisation comes first, and each solution starts from the line through the two before it, until
     the log loss rises: behind its minimum lie the solutions that overfit, and they take the longest to find.
     """
-    folds = replace(problem, image_weights_BN=problem.image_weights_BN * ~held_out_FN)
+    # What is held out may take no part in the basis either.
+    basis_FRR = torch.stack([axes.within(problem.class_indices_N, ~held_out_N) for held_out_N in held_out_FN])
+    folds = replace(problem, image_weights_BN=problem.image_weights_BN * ~held_out_FN, basis_BRR=basis_FRR)
     weight_FKR = before_FKR = folds.start()
     tolerance = FOLD_TOLERANCE * float(problem.image_weights_BN.sum())
     best: _Trial | None = None
     for strength in STRENGTHS:
         start_FKR = 2 * weight_FKR - before_FKR
         before_FKR, weight_FKR = weight_FKR, solve(folds, strength=strength, start_BKR=start_FKR, tolerance=tolerance)
-        trial = _score(problem, held_out_FN, strength, weight_FKR)
+        counting_FN = problem.image_weights_BN * held_out_FN
+        trial = _score(replace(folds, image_weights_BN=counting_FN), held_out_FN, strength, weight_FKR)
         if best and trial.loss_F.mean() > best.loss_F.mean():
             break
         best = trial
@@ -195,10 +232,10 @@ def _best_trial(problem: Problems, held_out_FN: Tensor) -> _Trial:
     return best
 
 
-def _score(problem: Problems, held_out_FN: Tensor, strength: float, weight_FKR: Tensor) -> _Trial:
-    logits_FKN = problem.logits(_settle(weight_FKR))
-    classes_FN = problem.class_indices_N.expand(len(logits_FKN), -1)
-    counting_FN = problem.image_weights_BN * held_out_FN
+def _score(held_out: Problems, held_out_FN: Tensor, strength: float, weight_FKR: Tensor) -> _Trial:
+    logits_FKN = held_out.logits(_settle(weight_FKR))
+    classes_FN = held_out.class_indices_N.expand(len(logits_FKN), -1)
+    counting_FN = held_out.image_weights_BN
     loss_FN = counting_FN * cross_entropy(logits_FKN, classes_FN, reduction="none")
     is_right_FN = (logits_FKN.argmax(dim=1) == classes_FN) & held_out_FN
     right_F, held_out_F, loss_F, counting_F = (

@@ -27,12 +27,15 @@ class Problems:
         class_indices_N: Int64, on the same device.
         image_weights_BN: Float32, not negative; 0 holds an image out.
         class_count: K.
+        basis_BRR: What a weight of each problem stands for, a column of it over the features. Its last row and column
+            are the bias, apart from all others. By default a weight stands for the feature in its place.
     """
 
     features_NR: Tensor
     class_indices_N: Tensor
     image_weights_BN: Tensor
     class_count: int
+    basis_BRR: Tensor | None = None
 
     def start(self) -> Tensor:
         """Return weights (B, K, R) of zero, and biases that give the frequencies of the classes."""
@@ -42,7 +45,21 @@ class Problems:
 
     def logits(self, weight_BKR: Tensor) -> Tensor:
         """Return the logits of every image in every problem, (B, K, N)."""
-        return (weight_BKR.flatten(0, 1) @ self.features_NR.T).view(*weight_BKR.shape[:2], -1)
+        return (self.on_features(weight_BKR).flatten(0, 1) @ self.features_NR.T).view(*weight_BKR.shape[:2], -1)
+
+    def on_features(self, weight_BKR: Tensor) -> Tensor:
+        """Return the weights of the features themselves, (B, K, R)."""
+        return weight_BKR if self.basis_BRR is None else weight_BKR @ self.basis_BRR.mT
+
+    def products(self, residual_BKN: Tensor) -> Tensor:
+        """Return the sum over the images of their residuals times what each weight stands for, (B, K, R)."""
+        products_BKR = (residual_BKN.flatten(0, 1) @ self.features_NR).view(*residual_BKN.shape[:2], -1)
+        return products_BKR if self.basis_BRR is None else products_BKR @ self.basis_BRR
+
+    def spread(self) -> Tensor:
+        """Return the mean square of what each weight stands for, (B, R); exact where features do not correlate."""
+        spread_1R = self.features_NR.square().mean(dim=0, keepdim=True)
+        return spread_1R if self.basis_BRR is None else (spread_1R @ self.basis_BRR.square())[:, 0]
 
 
 def solve(problems: Problems, *, strength: float, start_BKR: Tensor, tolerance: float = TOLERANCE) -> Tensor:
@@ -60,17 +77,21 @@ def solve(problems: Problems, *, strength: float, start_BKR: Tensor, tolerance: 
     class_counts_B = (start_BKR[:, :, -1] > BARRED).sum(dim=1)
     strength_B1 = torch.where(class_counts_B == 2, strength / 2, strength)[:, None]
     at_once = max(1, MOST_LOGITS // (len(problems.class_indices_N) * problems.class_count))
-    parts = zip((strength_B1 * problems.image_weights_BN).split(at_once), start_BKR.split(at_once), strict=True)
-    return torch.cat([_descend(_counting(problems, part), start, strength * tolerance) for part, start in parts])
+    weighted = replace(problems, image_weights_BN=strength_B1 * problems.image_weights_BN)
+    parts = [slice(first, first + at_once) for first in range(0, len(start_BKR), at_once)]
+    return torch.cat([_descend(_some(weighted, part), start_BKR[part], strength * tolerance) for part in parts])
 
 
-def _counting(problems: Problems, image_weights_BN: Tensor) -> Problems:
-    """Return the problems with other image weights, and without the images that count in none of them."""
+def _some(problems: Problems, part: slice) -> Problems:
+    """Return some of the problems, without the images that count in none of them."""
+    image_weights_BN = problems.image_weights_BN[part]
+    basis_BRR = None if problems.basis_BRR is None else problems.basis_BRR[part]
+    some = replace(problems, image_weights_BN=image_weights_BN, basis_BRR=basis_BRR)
     kept_N = image_weights_BN.any(dim=0)
     if bool(kept_N.all()):
-        return replace(problems, image_weights_BN=image_weights_BN)
+        return some
     return replace(
-        problems,
+        some,
         features_NR=problems.features_NR[kept_N],
         class_indices_N=problems.class_indices_N[kept_N],
         image_weights_BN=image_weights_BN[:, kept_N],
@@ -84,16 +105,15 @@ def _descend(problems: Problems, weight_BKR: Tensor, tolerance: float) -> Tensor
 
     Source: Hager & Zhang 2005, A new conjugate gradient method with guaranteed descent and an efficient line search.
     """
-    spread_R = problems.features_NR.square().mean(dim=0)
-    penalty_R = pad(torch.ones_like(spread_R[1:]), (0, 1))  # none on the bias
+    spread_B1R = problems.spread()[:, None]
+    penalty_R = pad(torch.ones_like(weight_BKR[0, 0, 1:]), (0, 1))  # none on the bias
     point = _point(problems, problems.logits(weight_BKR))
     direction_BKR, previous_BKR = torch.zeros_like(weight_BKR), torch.zeros_like(weight_BKR)
     waited = 0
     for _ in range(MOST_STEPS):
-        products_BKR = (point.residual_BKN.flatten(0, 1) @ problems.features_NR).view_as(weight_BKR)
-        gradient_BKR = products_BKR + penalty_R * weight_BKR
+        gradient_BKR = problems.products(point.residual_BKN) + penalty_R * weight_BKR
         variance_BK = (point.weighted_BKN * (1 - point.probabilities_BKN)).sum(dim=2)
-        hessian_BKR = variance_BK[:, :, None] * spread_R + penalty_R.clamp_min(1e-6)
+        hessian_BKR = variance_BK[:, :, None] * spread_B1R + penalty_R.clamp_min(1e-6)
         downhill_BKR = -gradient_BKR / hessian_BKR
         error_B = -_dot(gradient_BKR, downhill_BKR)
         is_open_B = error_B > tolerance

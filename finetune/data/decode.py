@@ -22,7 +22,8 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from finetune.errors import ImageError, ImageFault
+from finetune.data.jpeg import decode_jpeg, reduce_jpeg
+from finetune.errors import FinetuneError, ImageError, ImageFault
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]
@@ -98,9 +99,6 @@ class Limits:
 
 DEFAULT_LIMITS = Limits()
 
-SHRINK_TOLERANCE = 0.97
-"""The share of the short side asked for that a reduced JPEG must still have: half of 500 px serves 256."""
-
 
 def decode_image(
     source: ImageSource, *, limits: Limits = DEFAULT_LIMITS, name: str = "", short_side_px: int | None = None
@@ -124,6 +122,7 @@ def decode_image(
 
     Raises:
         ImageError: if the image is refused, with the reason.
+        ConfigError, MissingExtraError: if the environment asks for a JPEG decoder that there is not.
     """
     name = name or _name_of(source)
     if isinstance(source, str | os.PathLike):
@@ -134,8 +133,10 @@ def decode_image(
     with _translated(name, data):
         if isinstance(source, bytes):
             image = _opened(source, limits, name)
-            if short_side_px is not None and isinstance(image, JpegImageFile):
-                _reduce(image, short_side_px)
+            if isinstance(image, JpegImageFile):
+                if short_side_px is not None:
+                    reduce_jpeg(image, short_side_px)
+                image = decode_jpeg(image, source)
             return _upright_pixels(image)
         if isinstance(source, Image.Image):
             _check_header(source, limits, name)
@@ -217,7 +218,7 @@ def _translated(name: str, data: bytes | None) -> Iterator[None]:
     try:
         with _quiet_pillow:
             yield
-    except (ImageError, MemoryError):
+    except (FinetuneError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise ImageError("too_many_pixels", str(error), name) from error
@@ -239,15 +240,6 @@ def _opened(data: bytes, limits: Limits, name: str) -> Image.Image:
         image.verify()
         image = Image.open(BytesIO(data), formats=("PNG",))
     return image
-
-
-def _reduce(image: JpegImageFile, short_side_px: int) -> None:
-    """Have an opened JPEG decoded as small as its inverse cosine transform can make it and `short_side_px` allows."""
-    width, height = image.size
-    for factor in (8, 4, 2):
-        if min(width, height) // factor >= SHRINK_TOLERANCE * short_side_px:
-            image.draft(None, (width // factor, height // factor))
-            return
 
 
 def _picture_of_array(array: npt.NDArray[Any], name: str) -> Image.Image:

@@ -13,7 +13,8 @@ from typing import Self
 import numpy as np
 import torch
 
-from finetune.data.decode import SHRINK_TOLERANCE, decode_image, read_image_file
+from finetune.data.decode import decode_image, read_image_file
+from finetune.data.jpeg import SHRINK_TOLERANCE
 from finetune.data.table import ImageRow, ImageTable
 from finetune.data.transforms import fit_transform, to_tensor
 from finetune.runs.cache_folder import cache_folder, cache_limit_bytes, is_inside

@@ -32,6 +32,8 @@ T = TypeVar("T")
 VIEWS = 4  # of each image, where it may be augmented: they cost what four epochs of the frozen layers would
 MEASURED = 16  # images that a measurement takes
 
+HELD_BYTES = 2**28  # of the activations of a split that stay in memory once read
+
 READ_BYTES_PER_SECOND = 0.5e9
 """At which activations come out of the page cache, are checked and made float32; a slow disk is slower only once."""
 
@@ -157,6 +159,8 @@ class ActivationDataset(Dataset[Batch]):
         self.table = table
         self.caches = caches
         self.class_indices = label_map.indices(table.labels)
+        self._held: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+        self._room = HELD_BYTES
 
     def __len__(self) -> int:
         return len(self.table)
@@ -168,16 +172,23 @@ class ActivationDataset(Dataset[Batch]):
     def __getitems__(self, keys: Sequence[SampleKey]) -> Batch:
         """Return the batch of `keys`, collated; the first of it is a tuple of the tensors that cross, float32."""
         pairs = [key if isinstance(key, tuple) else (0, key) for key in keys]
-        rows = [self.table.rows[index] for _, index in pairs]
-        found = [
-            self.caches[epoch % len(self.caches)].get(row.sha256) for (epoch, _), row in zip(pairs, rows, strict=True)
-        ]
-        assert None not in found  # the pass that filled the caches has read every row
-        crossing = tuple(
-            torch.stack([torch.from_numpy(array.copy()) for array in arrays]).float()
-            for arrays in zip(*found, strict=True)
-        )
-        return crossing, torch.tensor([self.class_indices[index] for _, index in pairs]), [r.image_path for r in rows]
+        found = [self._row(epoch % len(self.caches), index) for epoch, index in pairs]
+        crossing = tuple(torch.stack(tensors).float() for tensors in zip(*found, strict=True))
+        indices = [index for _, index in pairs]
+        class_indices_B = torch.tensor([self.class_indices[index] for index in indices])
+        return crossing, class_indices_B, [self.table.rows[index].image_path for index in indices]
+
+    def _row(self, view: int, index: int) -> tuple[torch.Tensor, ...]:
+        """Return what crosses for one view of one image, as it is kept."""
+        if held := self._held.get((view, index)):
+            return held
+        arrays = self.caches[view].get(self.table.rows[index].sha256)
+        assert arrays is not None  # the pass that filled the caches has read every row
+        row = tuple(torch.from_numpy(array.copy()) for array in arrays)
+        if self._room > 0:
+            self._room -= sum(tensor.nbytes for tensor in row)
+            self._held[view, index] = row
+        return row
 
 
 def activation_datasets(

@@ -29,7 +29,8 @@ from torch import nn
 from torch.nn import functional
 from torchvision.transforms import InterpolationMode, v2
 
-from finetune.data.decode import SHRINK_TOLERANCE, decode_image, image_size
+from finetune.data.decode import decode_image, image_size
+from finetune.data.jpeg import SHRINK_TOLERANCE
 from finetune.data.transforms import evaluation_transform, to_tensor, unnormalize
 from finetune.models.initialize import build_backbone
 from finetune.runs.records import InputSpec

@@ -14,7 +14,7 @@ TOLERANCE = 1e-7  # no probability of an image that counts 1 is then off by more
 MOST_STEPS = 1_000
 PATIENCE = 10  # steps that gain next to nothing, after which float32 can tell no more
 MOST_TRIALS = 10  # of the length of a step
-MOST_LOGITS = 2**20  # in each of about eight arrays, so that they stay in the caches; one problem may take more
+MOST_LOGITS = 2**17  # in each of about eight arrays, so that they stay in the caches; one problem may take more
 BARRED = -1e4  # bias of a class without images: its probability is exactly zero, so that it takes no part
 
 

@@ -109,7 +109,7 @@ class Benchmark:
         }
         files = list((self.work / f"jpegs-{self.photographs}").rglob("*.jpg"))
         return {
-            "arguments": sys.argv[1:],
+            "arguments": [Path(word).name if os.sep in word else word for word in sys.argv[1:]],
             "versions": versions,
             "python": platform.python_version(),
             "machine": {"processors": os.cpu_count(), "processor": processor(), "platform": platform.platform()},

@@ -15,7 +15,7 @@ from pathlib import Path
 from record import circumstances, write_results
 
 NETWORKS = ("resnet18", "resnet50", "efficientnet_lite0")
-BATCH_SIZE, WARM_UP, STEPS, ROUNDS = 32, 2, 6, 3
+BATCH_SIZE, WARM_UP, STEPS, ROUNDS = 32, 1, 3, 3
 
 
 def plain_loop(name: str) -> float:

@@ -38,7 +38,7 @@ commands:
 
 MEMORY_EXIT_CODE = 7
 COLLECT_AFTER = 20_000
-"""New objects before Python looks for garbage among them; at its own 700, looking is a quarter of all importing."""
+"""New objects before Python looks for garbage among them; looking as often as by default is a quarter of importing."""
 
 
 def run_process() -> NoReturn:

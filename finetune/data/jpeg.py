@@ -29,9 +29,9 @@ def reduce_jpeg(image: JpegImageFile, short_side_px: int) -> None:
 
 
 def decode_jpeg(image: JpegImageFile, data: bytes) -> Image.Image:
-    """Decode an opened JPEG, whose bytes are `data`, by the decoder that the environment names; Pillow by default.
+    """Return an opened JPEG, whose bytes are `data`, decoded by simplejpeg if the environment names it.
 
-    What simplejpeg refuses, and colours other than grey and RGB, are Pillow's all the same.
+    Else it comes back as it is, for Pillow to decode; so does what simplejpeg refuses, and any but grey and RGB.
 
     Raises:
         ConfigError: The environment names an unknown decoder.

@@ -202,9 +202,8 @@ def advise(
         require_trainable(images.diagnosis)
         table = split_table(images.scan.table, seed=seed)
         study = study_images(trunk_pass, table, images.label_map, seed=seed, reporter=reporter)
-    return choose(
-        measure(study.train, study.probe, is_pretrained=backbone.is_pretrained), has_body=len(backbone.stages) > 1
-    )
+    evidence = measure(study.train, study.probe, is_pretrained=backbone.is_pretrained, device=place)
+    return choose(evidence, has_body=len(backbone.stages) > 1)
 
 
 def list_models(pattern: str = "*") -> Iterator[catalog.ModelDescription]:

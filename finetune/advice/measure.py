@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from finetune.features.extract import Features
-from finetune.features.neighbours import leave_one_out_accuracy
+from finetune.features.neighbours import CPU, leave_one_out_accuracy
 from finetune.features.probe import Probe
 
 
@@ -41,17 +42,18 @@ class Evidence:
         return max(0.0, (reached - self.majority_accuracy) / (1 - self.majority_accuracy))
 
 
-def measure(train: Features, probe: Probe | None, *, is_pretrained: bool) -> Evidence:
+def measure(train: Features, probe: Probe | None, *, is_pretrained: bool, device: torch.device = CPU) -> Evidence:
     """Gather the evidence from the features of the training images and the probe solved on them.
 
     Args:
         train: Features of the training images.
         probe: The linear probe solved on `train`, if there is one.
         is_pretrained: Whether the network that made the features had learned anything before.
+        device: Where to look for neighbours.
     """
     return replace(
         count_images(train.class_indices_N),
-        knn_accuracy=leave_one_out_accuracy(train),
+        knn_accuracy=leave_one_out_accuracy(train, device=device),
         probe_accuracy=probe.accuracy if probe else None,
         probe_spread=probe.spread if probe else None,
         is_pretrained=is_pretrained,

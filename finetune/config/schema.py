@@ -116,7 +116,8 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Number format of the forward pass; auto is bf16 on a GPU that has it and fp32 elsewhere."""
+    """Number format of the forward pass; auto is bf16 where that is faster: on most GPUs, and on a processor with
+    instructions for it for large networks without depthwise convolutions."""
     workers: int | Auto = "auto"
     """Processes that decode images; auto measures which number is fastest, 0 decodes in the training process."""
 

@@ -65,10 +65,10 @@ class CropAndFlip:
         margin = side // 8
         padded_BHWC = pad(images_BCHW, [margin] * 4).permute(0, 2, 3, 1)
         top_B, left_B = (draws_BP[:, :2] * (2 * margin + 1)).long().unbind(dim=1)
-        place_S = torch.arange(side)
+        place_S = torch.arange(side, device=images_BCHW.device)
         columns_BS = torch.where(draws_BP[:, 2:] < 0.5, place_S, place_S.flip(0)) + left_B[:, None]
         rows_BS = place_S + top_B[:, None]
-        picture_B11 = torch.arange(len(images_BCHW))[:, None, None]
+        picture_B11 = torch.arange(len(images_BCHW), device=images_BCHW.device)[:, None, None]
         return padded_BHWC[picture_B11, rows_BS[:, :, None], columns_BS[:, None, :]].permute(0, 3, 1, 2)
 
 
@@ -81,7 +81,7 @@ class OneByOne(nn.Module):
 
     def forward(self, image_CHW: torch.Tensor) -> torch.Tensor:
         """Return the changed picture."""
-        return self.change(image_CHW[None], torch.rand(1, self.change.draws))[0]
+        return self.change(image_CHW[None], torch.rand(1, self.change.draws).to(image_CHW.device))[0]
 
 
 class Lighting(nn.Module):
@@ -99,7 +99,7 @@ class Lighting(nn.Module):
         if len(image_CHW) != 3:
             return image_CHW
         amounts = torch.randn(3) * 0.1 * torch.tensor(self.deviations)
-        return image_CHW + (torch.tensor(self.directions) @ amounts)[:, None, None]
+        return image_CHW + (torch.tensor(self.directions) @ amounts).to(image_CHW.device)[:, None, None]
 
 
 class ShufflePixels(nn.Module):

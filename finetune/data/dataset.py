@@ -1,7 +1,7 @@
 """An image table as a torch data set whose samples depend on nothing but (seed, epoch, index)."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,11 +17,22 @@ from finetune.runs.records import InputSpec, LabelMap
 SampleKey = int | tuple[int, int]
 """Index of an image, or (epoch, index) where the transform is random."""
 
-Sample = tuple[torch.Tensor, int, str] | ImageError
-"""Image (C, H, W) float32, class index, image path; or why the file could not be read."""
+
+class Draft(NamedTuple):
+    """A picture (C, H, W) uint8 that a device is still to transform, and the seed of all that is random about it."""
+
+    picture_CHW: torch.Tensor
+    seed: int
+
+
+Sample = tuple[torch.Tensor | Draft, int, str] | ImageError
+"""Image (C, H, W) float32 or the draft of one, class index, image path; or why the file could not be read."""
 
 Batch = tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor, Sequence[str]]
 """Images (B, C, H, W) or the tensors (B, …) that cross a cut, class indices (B,), image paths."""
+
+DraftBatch = tuple[list[Draft], torch.Tensor, Sequence[str]]
+"""A batch whose images are still to be made of their drafts."""
 
 
 class LabelledDataset(Protocol):
@@ -52,6 +63,7 @@ class ImageDataset(Dataset[Sample]):
         seed: Makes them a function of (seed, epoch, index), whichever process computes them.
         pictures: Keeps the fitted pictures for the same `spec`, so that the next epoch need not decode them. The
             samples are the same bits without it.
+        is_drafting: Leave the transform to `finish`, which runs on the device that the drafts were brought to.
     """
 
     def __init__(
@@ -63,12 +75,14 @@ class ImageDataset(Dataset[Sample]):
         augmentation: Augmentation = "none",
         seed: int = 0,
         pictures: PictureCache | None = None,
+        is_drafting: bool = False,
     ) -> None:
         self.table = table
         self.spec = spec
         self.transform = training_transform(spec, augmentation)
         self.seed = seed
         self.pictures = pictures
+        self.is_drafting = is_drafting
         self._epoch = 0
         self.class_indices = [label_map.index(row.label) for row in table.rows]
 
@@ -83,10 +97,22 @@ class ImageDataset(Dataset[Sample]):
             image_CHW = self._picture(row, epoch)
         except ImageError as error:
             return error
+        draft = Draft(image_CHW, sample_seed(self.seed, epoch, index))
+        image = draft if self.is_drafting else self._transformed(draft)
+        return image, self.class_indices[index], row.image_path
+
+    def finish(self, drafts: Sequence[Draft]) -> torch.Tensor:
+        """Return the images (B, C, H, W) float32 of `drafts`, transformed where their pictures are.
+
+        Each is changed by draws of its own, the same as without drafts; a device may round otherwise than a CPU.
+        """
+        return torch.stack([self._transformed(draft) for draft in drafts])
+
+    def _transformed(self, draft: Draft) -> torch.Tensor:
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: that reseeds GPUs too.
-            torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
-            return self.transform(image_CHW), self.class_indices[index], row.image_path
+            torch.default_generator.manual_seed(draft.seed)
+            return torch.as_tensor(self.transform(draft.picture_CHW))
 
     def _picture(self, row: ImageRow, epoch: int) -> torch.Tensor:
         path = self.table.path(row)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler, Subset, default_collate
 
-from finetune.data.dataset import Batch, ImageDataset, LabelledDataset, Sample
+from finetune.data.dataset import Batch, Draft, DraftBatch, ImageDataset, LabelledDataset, Sample
 from finetune.data.picture_cache import PictureCache
 from finetune.data.pixels import HeldDataset, HeldPixels
 from finetune.data.table import SPLITS, ImageTable
@@ -65,10 +65,22 @@ def labelled_dataset(
     seed: int = 0,
     pixels: HeldPixels | None = None,
     pictures: PictureCache | None = None,
+    is_drafting: bool = False,
 ) -> LabelledDataset:
-    """Return the images of `table` as a data set: out of `pixels`, where they are held, or `pictures`, or the files."""
+    """Return the images of `table` as a data set: out of `pixels`, where they are held, or `pictures`, or the files.
+
+    `is_drafting` leaves the transform of pictures that are not held to the device: see `ImageDataset`.
+    """
     if pixels is None:
-        return ImageDataset(table, label_map, spec=input_spec, augmentation=augmentation, seed=seed, pictures=pictures)
+        return ImageDataset(
+            table,
+            label_map,
+            spec=input_spec,
+            augmentation=augmentation,
+            seed=seed,
+            pictures=pictures,
+            is_drafting=is_drafting,
+        )
     return HeldDataset(table, label_map, pixels=pixels, spec=input_spec, augmentation=augmentation, seed=seed)
 
 
@@ -160,11 +172,13 @@ def _loader(dataset: Any, workers: int, **options: Any) -> DataLoader[Any]:
     )
 
 
-def _collate(samples: list[Sample] | Batch) -> Batch | ImageError:
+def _collate(samples: list[Sample] | Batch) -> Batch | DraftBatch | ImageError:
     if isinstance(samples, tuple):  # a batch out of memory is collated already
         return samples
     for sample in samples:
         if isinstance(sample, ImageError):
             return sample
     images, class_indices, paths = zip(*samples, strict=True)
+    if isinstance(images[0], Draft):  # of any size, so that they cannot be stacked yet
+        return list(images), torch.tensor(class_indices), list(paths)
     return default_collate(images), torch.tensor(class_indices), list(paths)

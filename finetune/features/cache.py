@@ -80,7 +80,7 @@ class ActivationCache:
 
 
 def open_activations(
-    trunk: Trunk, data_root: Path, *, view: View | None = None, precision: str = "no"
+    trunk: Trunk, data_root: Path, *, view: View | None = None, precision: str = "fp32"
 ) -> ActivationCache:
     """Open the cache of what `trunk` makes of images, or of a `view` of them, computed in `precision`.
 

@@ -56,7 +56,7 @@ class TrunkEngine:
         exports: Holds the exported trunk under `export_key`.
         export_key: Names the trunk's weights and input.
         reporter: Told when an engine disagrees with the plain trunk.
-        precision: What a GPU computes in: "bf16", "fp16", or anything else for float32.
+        precision: What a GPU computes in: "fp32", "bf16" or "fp16".
 
     It wants `batch_size` images at a time, and takes fewer.
     """
@@ -70,7 +70,7 @@ class TrunkEngine:
         exports: RowStore | None,
         export_key: str,
         reporter: Reporter,
-        precision: str = "no",
+        precision: str = "fp32",
     ) -> None:
         self.trunk = trunk
         self.device = device

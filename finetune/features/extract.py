@@ -49,7 +49,7 @@ class TrunkPass:
         device: Where `trunk` is.
         reporter: Told of an engine that is refused and of a disk that refuses.
         view: A random change of every image, instead of the image as evaluation sees it.
-        precision: What a GPU computes in: "bf16", "fp16", or anything else for float32.
+        precision: What a GPU computes in: "fp32", "bf16" or "fp16". A CPU always takes float32.
 
     `computed` counts the images that were not in the cache, `seconds` is the time from the first of them to the last,
     decoding and all; `computing_seconds` the part of it that the trunk took.
@@ -64,9 +64,10 @@ class TrunkPass:
         device: torch.device,
         reporter: Reporter,
         view: View | None = None,
-        precision: str = "no",
+        precision: str = "fp32",
     ) -> None:
         spec = trunk.backbone.input_spec
+        precision = "fp32" if device.type == "cpu" else precision
         self.short_side_px = spec.resize_px
         self.cache: ActivationCache = open_activations(trunk, data_root, view=view, precision=precision)
         self.computed = 0

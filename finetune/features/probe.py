@@ -1,5 +1,6 @@
 """The linear probe: a multinomial logistic head on frozen features, solved to its optimum and scored honestly."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ gains 2 to 4 points where features were learned on other pictures than these, an
 """
 FOLDS = 5
 FOLD_TOLERANCE = 2e-6  # an image: the log loss is right to about 3e-4 then, which is enough to compare strengths by
+FINE_LOSS = 0.1  # nats; where the log loss is greater, its error may be so in proportion
+MOST_FOLD_NUMBERS = 2**28  # in the features of all folds: a gigabyte
 CPU = torch.device("cpu")
 
 
@@ -141,18 +144,19 @@ def solve_probe(
     classes_N = train.class_indices_N
     image_weights_N = (np.ones(class_count) if class_weights_K is None else class_weights_K)[classes_N]
     axes = find_axes(train.features_ND, device)
+    class_indices_N = torch.tensor(classes_N, device=device)
+    basis_RR = axes.within(class_indices_N)
     problem = Problems(
-        features_NR=axes.features_NR,
-        class_indices_N=torch.tensor(classes_N, device=device),
+        features_BNR=(axes.features_NR @ basis_RR)[None],
+        class_indices_N=class_indices_N,
         image_weights_BN=torch.tensor(image_weights_N[None], dtype=torch.float32, device=device),
         class_count=class_count,
     )
     held_out_FN = _held_out(classes_N, seed)
     best = _best_trial(problem, axes, torch.from_numpy(held_out_FN).to(device)) if len(held_out_FN) else None
     strength, start_1KR = (best.strength, _between(best.weight_FKR)) if best else (USUAL_STRENGTH, problem.start())
-    problem = replace(problem, basis_BRR=axes.within(problem.class_indices_N)[None])
     weight_1KR = solve(problem, strength=strength, start_BKR=start_1KR)
-    weight_KD, bias_K = axes.raw_head(problem.on_features(_settle(weight_1KR))[0])
+    weight_KD, bias_K = axes.raw_head(_settle(weight_1KR)[0] @ basis_RR.T)
     return Probe(
         weight_KD=weight_KD,
         bias_K=bias_K,
@@ -214,22 +218,38 @@ def _best_trial(problem: Problems, axes: Axes, held_out_FN: Tensor) -> _Trial:
     The strongest regularisation comes first, and each solution starts from the line through the two before it, until
     the log loss rises: behind its minimum lie the solutions that overfit, and they take the longest to find.
     """
-    # What is held out may take no part in the basis either.
-    basis_FRR = torch.stack([axes.within(problem.class_indices_N, ~held_out_N) for held_out_N in held_out_FN])
-    folds = replace(problem, image_weights_BN=problem.image_weights_BN * ~held_out_FN, basis_BRR=basis_FRR)
+    folds = replace(
+        problem,
+        features_BNR=_fold_features(problem, axes, held_out_FN),
+        image_weights_BN=problem.image_weights_BN * ~held_out_FN,
+    )
     weight_FKR = before_FKR = folds.start()
-    tolerance = FOLD_TOLERANCE * float(problem.image_weights_BN.sum())
+    weight_sum = float(problem.image_weights_BN.sum())
+    loss = math.log(problem.class_count)  # of knowing nothing
     best: _Trial | None = None
     for strength in STRENGTHS:
         start_FKR = 2 * weight_FKR - before_FKR
+        tolerance = FOLD_TOLERANCE * max(loss / FINE_LOSS, 1) ** 2 * weight_sum
         before_FKR, weight_FKR = weight_FKR, solve(folds, strength=strength, start_BKR=start_FKR, tolerance=tolerance)
         counting_FN = problem.image_weights_BN * held_out_FN
         trial = _score(replace(folds, image_weights_BN=counting_FN), held_out_FN, strength, weight_FKR)
         if best and trial.loss_F.mean() > best.loss_F.mean():
             break
-        best = trial
+        best, loss = trial, float(trial.loss_F.mean())
     assert best
     return best
+
+
+def _fold_features(problem: Problems, axes: Axes, held_out_FN: Tensor) -> Tensor:
+    """Return the features of all images, (F, N, R), each fold's in a basis that its held-out images took no part in.
+
+    So many images that this would take more than MOST_FOLD_NUMBERS share one basis, (1, N, R), and that of all: what a
+    fold holds out moves the mean scatter of tens of thousands too little to matter.
+    """
+    if len(held_out_FN) * axes.features_NR.numel() > MOST_FOLD_NUMBERS:
+        return problem.features_BNR
+    bases = (axes.within(problem.class_indices_N, ~held_out_N) for held_out_N in held_out_FN)
+    return torch.stack([axes.features_NR @ basis_RR for basis_RR in bases])
 
 
 def _score(held_out: Problems, held_out_FN: Tensor, strength: float, weight_FKR: Tensor) -> _Trial:

@@ -20,46 +20,44 @@ BARRED = -1e4  # bias of a class without images: its probability is exactly zero
 
 @dataclass(frozen=True, kw_only=True)
 class Problems:
-    """B logistic regressions that differ in how much each image counts.
+    """B logistic regressions that differ in how much each image counts, and perhaps in its features.
 
     Args:
-        features_NR: Float32, around zero and best uncorrelated (their principal axes); the last column is all ones.
+        features_BNR: Float32, around zero and best uncorrelated (as on principal axes), the last column all ones. One
+            for each problem, or a single one for all of them.
         class_indices_N: Int64, on the same device.
         image_weights_BN: Float32, not negative; 0 holds an image out.
         class_count: K.
-        basis_BRR: What a weight of each problem stands for, a column of it over the features. Its last row and column
-            are the bias, apart from all others. By default a weight stands for the feature in its place.
     """
 
-    features_NR: Tensor
+    features_BNR: Tensor
     class_indices_N: Tensor
     image_weights_BN: Tensor
     class_count: int
-    basis_BRR: Tensor | None = None
 
     def start(self) -> Tensor:
         """Return weights (B, K, R) of zero, and biases that give the frequencies of the classes."""
         images_BK = self.image_weights_BN.new_zeros(len(self.image_weights_BN), self.class_count)
         images_BK.index_add_(1, self.class_indices_N, self.image_weights_BN)
-        return pad(images_BK.log().clamp_min(BARRED)[:, :, None], (self.features_NR.shape[1] - 1, 0))
+        return pad(images_BK.log().clamp_min(BARRED)[:, :, None], (self.features_BNR.shape[2] - 1, 0))
 
     def logits(self, weight_BKR: Tensor) -> Tensor:
         """Return the logits of every image in every problem, (B, K, N)."""
-        return (self.on_features(weight_BKR).flatten(0, 1) @ self.features_NR.T).view(*weight_BKR.shape[:2], -1)
+        return weight_BKR @ self.features_BNR.mT
 
-    def on_features(self, weight_BKR: Tensor) -> Tensor:
-        """Return the weights of the features themselves, (B, K, R)."""
-        return weight_BKR if self.basis_BRR is None else weight_BKR @ self.basis_BRR.mT
-
-    def products(self, residual_BKN: Tensor) -> Tensor:
-        """Return the sum over the images of their residuals times what each weight stands for, (B, K, R)."""
-        products_BKR = (residual_BKN.flatten(0, 1) @ self.features_NR).view(*residual_BKN.shape[:2], -1)
-        return products_BKR if self.basis_BRR is None else products_BKR @ self.basis_BRR
-
-    def spread(self) -> Tensor:
-        """Return the mean square of what each weight stands for, (B, R); exact where features do not correlate."""
-        spread_1R = self.features_NR.square().mean(dim=0, keepdim=True)
-        return spread_1R if self.basis_BRR is None else (spread_1R @ self.basis_BRR.square())[:, 0]
+    def some(self, part: slice) -> "Problems":
+        """Return some of the problems, without the images that count in none of them."""
+        image_weights_BN = self.image_weights_BN[part]
+        features_BNR = self.features_BNR[part] if len(self.features_BNR) > 1 else self.features_BNR
+        kept_N = image_weights_BN.any(dim=0)
+        if bool(kept_N.all()):
+            return replace(self, features_BNR=features_BNR, image_weights_BN=image_weights_BN)
+        return replace(
+            self,
+            features_BNR=features_BNR[:, kept_N],
+            class_indices_N=self.class_indices_N[kept_N],
+            image_weights_BN=image_weights_BN[:, kept_N],
+        )
 
 
 def solve(problems: Problems, *, strength: float, start_BKR: Tensor, tolerance: float = TOLERANCE) -> Tensor:
@@ -79,23 +77,7 @@ def solve(problems: Problems, *, strength: float, start_BKR: Tensor, tolerance: 
     at_once = max(1, MOST_LOGITS // (len(problems.class_indices_N) * problems.class_count))
     weighted = replace(problems, image_weights_BN=strength_B1 * problems.image_weights_BN)
     parts = [slice(first, first + at_once) for first in range(0, len(start_BKR), at_once)]
-    return torch.cat([_descend(_some(weighted, part), start_BKR[part], strength * tolerance) for part in parts])
-
-
-def _some(problems: Problems, part: slice) -> Problems:
-    """Return some of the problems, without the images that count in none of them."""
-    image_weights_BN = problems.image_weights_BN[part]
-    basis_BRR = None if problems.basis_BRR is None else problems.basis_BRR[part]
-    some = replace(problems, image_weights_BN=image_weights_BN, basis_BRR=basis_BRR)
-    kept_N = image_weights_BN.any(dim=0)
-    if bool(kept_N.all()):
-        return some
-    return replace(
-        some,
-        features_NR=problems.features_NR[kept_N],
-        class_indices_N=problems.class_indices_N[kept_N],
-        image_weights_BN=image_weights_BN[:, kept_N],
-    )
+    return torch.cat([_descend(weighted.some(part), start_BKR[part], strength * tolerance) for part in parts])
 
 
 def _descend(problems: Problems, weight_BKR: Tensor, tolerance: float) -> Tensor:
@@ -105,13 +87,13 @@ def _descend(problems: Problems, weight_BKR: Tensor, tolerance: float) -> Tensor
 
     Source: Hager & Zhang 2005, A new conjugate gradient method with guaranteed descent and an efficient line search.
     """
-    spread_B1R = problems.spread()[:, None]
+    spread_B1R = problems.features_BNR.square().mean(dim=1, keepdim=True)
     penalty_R = pad(torch.ones_like(weight_BKR[0, 0, 1:]), (0, 1))  # none on the bias
     point = _point(problems, problems.logits(weight_BKR))
     direction_BKR, previous_BKR = torch.zeros_like(weight_BKR), torch.zeros_like(weight_BKR)
     waited = 0
     for _ in range(MOST_STEPS):
-        gradient_BKR = problems.products(point.residual_BKN) + penalty_R * weight_BKR
+        gradient_BKR = point.residual_BKN @ problems.features_BNR + penalty_R * weight_BKR
         variance_BK = (point.weighted_BKN * (1 - point.probabilities_BKN)).sum(dim=2)
         hessian_BKR = variance_BK[:, :, None] * spread_B1R + penalty_R.clamp_min(1e-6)
         downhill_BKR = -gradient_BKR / hessian_BKR

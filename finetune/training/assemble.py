@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DataLoaderConfiguration
 
 from finetune.config.schema import OPTION_NAMES, TrainConfig
 from finetune.config.yaml_io import to_yaml
@@ -22,7 +23,7 @@ from finetune.data.table import ImageTable
 from finetune.errors import RunError
 from finetune.features.extract import TrunkPass
 from finetune.features.trunk import pooled_trunk
-from finetune.models.device import resolve_device
+from finetune.models.device import resolve_device, resolve_precision
 from finetune.models.freezing import freeze_stages, hold_batch_norm
 from finetune.models.heads import head_module
 from finetune.models.initialize import Backbone, build_backbone
@@ -77,10 +78,11 @@ def assemble(config: TrainConfig, run: RunFolder, listing: Listing, reporter: Re
         ConfigError, DataError, ModelError: The options, the images or the network cannot be used.
         RunError: A resume finds other options or images than were saved, or no state to go on from.
     """
-    accelerator = build_accelerator(config.device, config.precision)
+    device = resolve_device(config.device)
     seed_everything(config.seed)
     saved = read_state(run, reporter) if config.resume else None
-    backbone = _network(config, listing, accelerator, use_pretrained=config.use_pretrained and saved is None)
+    backbone = _network(config, listing, device, use_pretrained=config.use_pretrained and saved is None)
+    precision = resolve_precision(config.precision, device, backbone.module)
     with ExitStack() as stack:
         trunk_pass = None
         if saved is None and is_studied(config, backbone):
@@ -89,9 +91,9 @@ def assemble(config: TrainConfig, run: RunFolder, listing: Listing, reporter: Re
                     pooled_trunk(backbone),
                     data_root=listing.root,
                     images=len(listing.rows),
-                    device=accelerator.device,
+                    device=device,
                     reporter=reporter,
-                    precision=accelerator.mixed_precision,
+                    precision=precision,
                 )
             )
         table, label_map = _images(config, run, listing, onlooker=trunk_pass, reporter=reporter)
@@ -102,13 +104,12 @@ def assemble(config: TrainConfig, run: RunFolder, listing: Listing, reporter: Re
         else:
             plan = start_network(config, run, backbone, table, label_map, trunk_pass=trunk_pass, reporter=reporter)
     if plan.start == "fresh" and backbone.is_pretrained:
-        backbone = _network(replace(config, weights=None), listing, accelerator, use_pretrained=False)
+        backbone = _network(replace(config, weights=None), listing, device, use_pretrained=False)
     freeze_stages(backbone.module, backbone.stages, len(plan.frozen_stages))
     if plan.batch_norm == "eval":
         hold_batch_norm(backbone.module)
-    batches = build_batches(
-        config, plan, backbone, table, label_map, precision=accelerator.mixed_precision, reporter=reporter
-    )
+    batches = build_batches(config, plan, backbone, table, label_map, precision=precision, reporter=reporter)
+    accelerator = build_accelerator(device, resolve_precision(config.precision, device, batches.model))
     learner = _learner(config, backbone, plan, batches, accelerator)
     job = Job(
         config=_resolved(config, plan, backbone, batches.workers),
@@ -128,9 +129,7 @@ def assemble(config: TrainConfig, run: RunFolder, listing: Listing, reporter: Re
         )
         _forget_later_events(run, saved)
     else:
-        environment = describe_environment(
-            device=str(accelerator.device), threads=torch.get_num_threads(), seed=config.seed
-        )
+        environment = describe_environment(device=str(device), threads=torch.get_num_threads(), seed=config.seed)
         write_whole(run.environment, strict_json.dump(environment, indent=1))
     write_whole(run.config, to_yaml(job.config))
     return job
@@ -143,18 +142,15 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def build_accelerator(device: str, precision: str) -> Accelerator:
-    """Return accelerate's handle on the device, the number format and the processes.
-
-    Raises:
-        ConfigError: The device is not there.
-    """
-    place = resolve_device(device)
-    if precision == "auto":
-        precision = "bf16" if place.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+def build_accelerator(device: torch.device, precision: str) -> Accelerator:
+    """Return accelerate's handle on the device, the number format and the processes."""
     if AcceleratorState._shared_state and PartialState().num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier training's choices bind for good otherwise
-    return Accelerator(cpu=device == "cpu", mixed_precision="no" if precision == "fp32" else precision)
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="no" if precision == "fp32" else precision,
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),  # batches lie in pinned memory
+    )
 
 
 def _images(
@@ -180,7 +176,7 @@ def _images(
     return table, images.label_map
 
 
-def _network(config: TrainConfig, listing: Listing, accelerator: Accelerator, *, use_pretrained: bool) -> Backbone:
+def _network(config: TrainConfig, listing: Listing, device: torch.device, *, use_pretrained: bool) -> Backbone:
     backbone = build_backbone(
         config.model,
         num_classes=len(listing.class_names),
@@ -195,7 +191,7 @@ def _network(config: TrainConfig, listing: Listing, accelerator: Accelerator, *,
     if config.shuffle_pixels:
         spec = replace(backbone.input_spec, pixel_permutation_seed=config.seed)
         backbone = replace(backbone, input_spec=spec)
-    backbone.module.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    backbone.module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return backbone
 
 
@@ -250,6 +246,7 @@ def _learner(
         schedule=schedule,
         accelerator=accelerator,
         max_grad_norm=config.max_grad_norm,
+        finish=batches.finish,
     )
 
 

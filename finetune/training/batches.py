@@ -1,5 +1,6 @@
 """Where the batches of a training come from: files, pictures in memory or on disk, or what frozen layers gave once."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from finetune.config.schema import TrainConfig
-from finetune.data.dataset import LabelledDataset
+from finetune.data.dataset import Draft, ImageDataset, LabelledDataset
 from finetune.data.loaders import (
     evaluation_loader,
     fastest_workers,
@@ -34,13 +35,15 @@ from finetune.training.plan import Plan
 class Batches:
     """A loader for each split that has images, and what its batches enter: the network, or the part above the cut.
 
-    `workers` is the number of processes that decode, `pictures` where they keep what they decoded.
+    `workers` is the number of processes that decode, `pictures` where they keep what they decoded, and `finish` what is
+    left to do to a training batch on the device.
     """
 
     loaders: dict[str, DataLoader[Any]]
     model: nn.Module
     workers: int
     pictures: PictureCache | None = None
+    finish: Callable[[Sequence[Draft]], torch.Tensor] | None = None
 
     def close(self) -> None:
         """End writing to the cache."""
@@ -90,13 +93,15 @@ def build_batches(
         seed=config.seed,
         pixels=pixels,
         pictures=pictures,
+        is_drafting=next(backbone.module.parameters()).device.type == "cuda",  # random changes take a CPU longer
     )
     workers = _workers(config, backbone, table, label_map) if pixels is None and plan.epochs else 0
     loaders = split_loaders(
         table, label_map, spec, batch_size=config.batch_size, workers=workers, pixels=pixels, pictures=pictures
     )
     loaders["train"] = _training_loader(config, train, workers=workers)
-    return Batches(loaders=loaders, model=backbone.module, workers=workers, pictures=pictures)
+    finish = train.finish if isinstance(train, ImageDataset) and train.is_drafting else None
+    return Batches(loaders=loaders, model=backbone.module, workers=workers, pictures=pictures, finish=finish)
 
 
 def _training_loader(config: TrainConfig, dataset: LabelledDataset, *, workers: int) -> DataLoader[Any]:

@@ -28,6 +28,7 @@ from finetune.training.progress import Progress
 
 FORMAT_NUMBER = 1
 SAVE_EVERY_SECONDS = 600.0
+TRAINING_PER_SAVE = 30  # seconds that must go by after a save for each second that it took
 KEPT = 2  # newest saves kept, beside the best
 FAILURES_BORNE = 3  # saves in a row that a full disk may spoil before training stops
 POINTER = "latest"
@@ -47,10 +48,11 @@ class SavedState:
 
 
 class Checkpointer:
-    """A watcher that saves after every epoch and every ten minutes.
+    """A watcher that saves after every epoch and every ten minutes, so that saving takes 3 % of the time at most.
 
-    `identity` is what a resume must find unchanged: options and data. A save that the disk refuses leaves the older
-    ones in place and is told; the third in a row ends the training.
+    Of short epochs only some are saved then, the last always. `identity` is what a resume must find unchanged: options
+    and data. A save that the disk refuses leaves the older ones in place and is told; the third in a row ends the
+    training.
     """
 
     def __init__(self, run: RunFolder, learner: Learner, *, identity: Mapping[str, Any], reporter: Reporter) -> None:
@@ -60,6 +62,7 @@ class Checkpointer:
         self.reporter = reporter
         self.failures = 0
         self.saved_at = time.monotonic()
+        self.save_seconds = 0.0
 
     def epoch_started(self, progress: Progress) -> None:
         """Save the start, which may turn out to be the best."""
@@ -72,8 +75,10 @@ class Checkpointer:
             self.save(progress)
 
     def epoch_ended(self, progress: Progress) -> None:
-        """Save."""
-        self.save(progress)
+        """Save, unless the last save is too recent for what it cost; the last epoch always."""
+        is_last = progress.epoch == progress.epochs or progress.stop_reason
+        if is_last or time.monotonic() - self.saved_at >= TRAINING_PER_SAVE * self.save_seconds:
+            self.save(progress)
 
     def save(self, progress: Progress) -> None:
         """Write one save, then let go of those no longer needed.
@@ -81,6 +86,7 @@ class Checkpointer:
         Raises:
             StorageError: The disk has refused for the third time in a row.
         """
+        started = time.monotonic()
         try:
             write_state(self.run, self.learner, progress, identity=self.identity)
         except OSError as error:
@@ -94,6 +100,7 @@ class Checkpointer:
         else:
             self.failures = 0
         self.saved_at = time.monotonic()
+        self.save_seconds = self.saved_at - started
 
 
 def write_state(run: RunFolder, learner: Learner, progress: Progress, *, identity: Mapping[str, Any]) -> None:
@@ -105,9 +112,7 @@ def write_state(run: RunFolder, learner: Learner, progress: Progress, *, identit
     model = learner.network
     optimizer_tensors, optimizer_groups = _pack_optimizer(learner.optimizer, model)
     files = {
-        "model.safetensors": save(
-            {name: tensor.cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-        ),
+        "model.safetensors": save(_packed(model.state_dict())),
         "optimizer.safetensors": save(optimizer_tensors),
         "rng.safetensors": save(_pack_rng()),
         "state.json": strict_json.dump(
@@ -122,7 +127,7 @@ def write_state(run: RunFolder, learner: Learner, progress: Progress, *, identit
         ).encode(),
     }
     if progress.best_step != progress.global_step and not _step_folder(run, progress.best_step).exists():
-        files["best.safetensors"] = save(progress.best_weights)  # its own save was refused
+        files["best.safetensors"] = save(_packed(progress.best_weights))  # its own save was refused or left out
     files["manifest.json"] = strict_json.dump(
         {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     ).encode()
@@ -244,17 +249,24 @@ def _verified(folder: Path) -> SavedState:
     )
 
 
+def _packed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return copies as safetensors takes them: on the CPU, apart from each other, in the order of their dimensions."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
 def _pack_optimizer(
     optimizer: Optimizer, model: torch.nn.Module
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Return the state tensors as "<parameter>/<state>" and the groups with parameters by name."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    tensors = {
-        f"{names[id(parameter)]}/{key}": value.detach().cpu().contiguous().clone()
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-        if isinstance(value, torch.Tensor)
-    }
+    tensors = _packed(
+        {
+            f"{names[id(parameter)]}/{key}": value
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+            if isinstance(value, torch.Tensor)
+        }
+    )
     groups = [
         {key: value for key, value in group.items() if key != "params"}
         | {"params": [names[id(p)] for p in group["params"]]}

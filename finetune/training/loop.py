@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from finetune.data.dataset import Draft
 from finetune.data.loaders import EpochSampler, readable
 from finetune.errors import ConfigError, DivergedError, first_ten
 from finetune.models.device import as_inputs
@@ -32,6 +33,7 @@ class Learner:
     """What the loop works on. `max_grad_norm` of 0 does not clip.
 
     `network` is the whole of which `model` may be the part above a cut; its weights are what is kept and saved.
+    `finish` makes images of the drafts in a training batch, where batches hold drafts.
     """
 
     model: nn.Module
@@ -41,6 +43,7 @@ class Learner:
     schedule: Schedule
     accelerator: Accelerator = field(default_factory=Accelerator)
     max_grad_norm: float = 0.0
+    finish: Callable[[Sequence[Draft]], torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.network = self.network or self.model
@@ -145,7 +148,8 @@ def train_step(learner: Learner, batch: Sequence[Any], *, step: int = 1) -> tupl
     """
     class_indices_B = batch[1]
     with _lone_image_guard(learner.model, len(class_indices_B)):
-        outputs = learner.model(*as_inputs(batch[0]))
+        images = learner.finish(batch[0]) if learner.finish else batch[0]
+        outputs = learner.model(*as_inputs(images))
         loss = total_loss(outputs, class_indices_B, learner.criterion)
     _require_finite(loss, f"loss of step {step}", learner, batch)
     learner.optimizer.zero_grad()

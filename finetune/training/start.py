@@ -73,7 +73,8 @@ def start_network(
             seed=config.seed,
             reporter=reporter,
         )
-        evidence = measure(study.train, study.probe, is_pretrained=backbone.is_pretrained)
+        device = trunk_pass.engine.device
+        evidence = measure(study.train, study.probe, is_pretrained=backbone.is_pretrained, device=device)
         baselines = study.baselines
         run.record("features", trunk_pass.summary())
     advice = choose(evidence, requested=None if requested == "auto" else requested, has_body=has_body)

@@ -1,5 +1,6 @@
 """A sample is a function of (seed, epoch, index) alone, and a file that cannot be read says its name."""
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,3 +145,24 @@ def test_unreadable_file_is_not_replaced_by_another(table: ImageTable) -> None:
     sample = random_dataset(table)[0, 4]
     assert isinstance(sample, ImageError)
     assert sample.reason == "missing"
+
+
+@pytest.mark.parametrize("augmentation", ["none", "light", "flowers", "trivial", "affine", "crop-flip", "alexnet"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_drafts_become_the_images_that_they_stand_for(
+    table: ImageTable, augmentation: Augmentation, workers: int
+) -> None:
+    """What a device finishes is what a CPU would have made at once, though the pictures differ in size."""
+    now, later = (
+        ImageDataset(table, LABELS, spec=SPEC, augmentation=augmentation, seed=3, is_drafting=is_drafting)
+        for is_drafting in (False, True)
+    )
+    loaders = [training_loader(dataset, batch_size=3, seed=0, workers=workers) for dataset in (now, later)]
+    batches = 0
+    for (images_BCHW, classes_B, paths), (drafts, draft_classes_B, draft_paths) in zip(*loaders, strict=True):
+        assert torch.equal(later.finish(drafts), images_BCHW)
+        assert torch.equal(classes_B, draft_classes_B)
+        assert paths == draft_paths
+        assert all(draft.picture_CHW.dtype == torch.uint8 for draft in drafts)
+        batches += 1
+    assert batches == math.ceil(len(table) / 3)

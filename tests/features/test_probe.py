@@ -14,6 +14,7 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedKFold
 
 from finetune.errors import ModelError
+from finetune.features import probe as probe_module
 from finetune.features import solver
 from finetune.features.extract import Features
 from finetune.features.probe import FOLDS, SHRINKAGE, STRENGTHS, Probe, deal_folds, solve_probe
@@ -126,12 +127,14 @@ def test_class_weights_of_one_change_nothing() -> None:
     assert np.array_equal(plain.weight_KD, weighted.weight_KD)
 
 
-def test_problems_solved_together_are_solved_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_own_features", [True, False], ids=["own features", "shared features"])
+def test_problems_solved_together_are_solved_as_alone(has_own_features: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     train = blobs([30, 20, 25], dimensions=6, spread=2.0)
     features_ND = train.features_ND - train.features_ND.mean(axis=0)
     features_ND /= features_ND.std(axis=0)
+    features_NR = torch.nn.functional.pad(torch.from_numpy(features_ND), (0, 1), value=1.0)
     together = Problems(
-        features_NR=torch.nn.functional.pad(torch.from_numpy(features_ND), (0, 1), value=1.0),
+        features_BNR=torch.stack([features_NR] * 4) if has_own_features else features_NR[None],
         class_indices_N=torch.from_numpy(train.class_indices_N),
         image_weights_BN=torch.rand(4, len(train), generator=torch.Generator().manual_seed(0)).round(decimals=1),
         class_count=3,
@@ -144,6 +147,18 @@ def test_problems_solved_together_are_solved_as_alone(monkeypatch: pytest.Monkey
         assert weights.shape == (4, 3, 7)
     probabilities_BKN, alone_BKN = (together.logits(weights).softmax(dim=1) for weights in (weight_BKR, alone_BKR))
     torch.testing.assert_close(probabilities_BKN, alone_BKN, atol=2e-4, rtol=0)
+
+
+def test_folds_of_very_many_images_share_one_basis(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = blobs([60, 50, 55], dimensions=6, spread=2.0)
+    own = solve_probe(train, class_count=3, seed=0)
+    monkeypatch.setattr(probe_module, "MOST_FOLD_NUMBERS", 0)
+    shared = solve_probe(train, class_count=3, seed=0)
+    assert own.accuracy is not None
+    assert shared.accuracy == pytest.approx(own.accuracy, abs=0.02)
+    assert shared.strength == own.strength
+    probabilities_NK, own_NK = (softmax(probe.logits(train.features_ND), axis=1) for probe in (shared, own))
+    np.testing.assert_allclose(probabilities_NK, own_NK, atol=1e-3)
 
 
 def held_out_scores(train: Features, held_out_N: np.ndarray, strength: float) -> tuple[float, float]:

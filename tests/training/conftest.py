@@ -52,7 +52,7 @@ def make_learner() -> Callable[..., Learner]:
         *, seed: int = 0, schedule: str = "cosine", optimizer: str = "adamw", epochs: int = 4, rate: float = 0.05
     ) -> Learner:
         torch.manual_seed(seed)
-        model = TinyNetwork()
+        model = TinyNetwork().to(memory_format=torch.channels_last)
         kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer]
         optimiser = kind(model.parameters(), lr=rate, **({"momentum": 0.9} if optimizer == "sgd" else {}))
         return Learner(

@@ -68,6 +68,11 @@ def street_loaders() -> dict[str, DataLoader[Any]]:
     }
 
 
+@pytest.fixture(autouse=True)
+def _every_epoch_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "TRAINING_PER_SAVE", 0)
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path)
@@ -164,6 +169,18 @@ def test_the_last_two_and_the_best_are_kept(run: RunFolder, make_learner: Callab
     assert kept == sorted({f"step-{progress.best_step:09d}", "step-000000012", "step-000000016"})
     assert (run.checkpoints / "latest").read_text().strip() == "step-000000016"
     assert not list(run.checkpoints.glob(".*"))
+
+
+def test_epochs_shorter_than_saves_are_not_all_saved(
+    run: RunFolder, make_learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is lost by it: the last save carries the best weights of an epoch that had no save of its own."""
+    monkeypatch.setattr(checkpoint, "TRAINING_PER_SAVE", 1e9)
+    progress = train(make_learner(), run, Progress())
+    assert sorted(folder.name for folder in run.checkpoints.glob("step-*")) == ["step-000000000", "step-000000016"]
+    restored = restore_state(read_state(run, Heard()), make_learner(), is_longer=False)  # type: ignore[arg-type]
+    assert restored.epoch == 4
+    assert all(torch.equal(restored.best_weights[name], best) for name, best in progress.best_weights.items())
 
 
 def test_nothing_is_pickled_and_json_is_strict(run: RunFolder, make_learner: Callable[..., Learner]) -> None:

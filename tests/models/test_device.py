@@ -1,0 +1,35 @@
+"""Which number format "auto" means."""
+
+import pytest
+import torch
+from torch import nn
+
+from finetune.models.device import resolve_precision
+
+CPU = torch.device("cpu")
+DENSE = nn.Sequential(nn.Conv2d(3, 512, 3), nn.ReLU(), nn.Conv2d(512, 512, 3))
+DEPTHWISE = nn.Sequential(DENSE, nn.Conv2d(512, 512, 3, groups=512))
+SMALL = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+def test_a_format_that_was_asked_for_is_taken(name: str) -> None:
+    assert resolve_precision(name, CPU, DEPTHWISE) == name
+
+
+@pytest.mark.parametrize(
+    ("network", "has_instructions", "expected"),
+    [(DENSE, True, "bf16"), (DENSE, False, "fp32"), (DEPTHWISE, True, "fp32"), (SMALL, True, "fp32")],
+    ids=["dense", "dense, old processor", "depthwise", "small"],
+)
+def test_a_processor_takes_bf16_where_that_is_faster(
+    network: nn.Module, has_instructions: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_instructions)
+    assert resolve_precision("auto", CPU, network) == expected
+
+
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_a_gpu_takes_bf16_where_it_has_it(has_bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bf16)
+    assert resolve_precision("auto", torch.device("cuda"), DEPTHWISE) == expected

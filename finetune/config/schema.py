@@ -74,10 +74,21 @@ class TrainConfig:
     """Random changes of the training images: light crops and flips; flowers also rotates and changes colours; trivial
     is light with TrivialAugment (Müller 2021, arXiv 2103.10158); affine turns and shifts a little and never mirrors;
     crop-flip is for tiny images; alexnet crops, flips and changes the light (Krizhevsky 2012)."""
+    random_erasing: float = 0.0
+    """Share of the training images of which a random rectangle is made grey (Zhong 2017, arXiv 1708.04896); 0 to 1."""
+    mixup: float = 0.0
+    """Blend every training image with another; the alpha of mixup (Zhang 2018, arXiv 1710.09412), 0.1 to 0.4 where
+    there are many images; 0 does not."""
+    cutmix: float = 0.0
+    """Put a piece of another training image into every one; the alpha of CutMix (Yun 2019, arXiv 1905.04899), usually
+    1; 0 does not. With --mixup either comes at random."""
     epochs: int | Auto = "auto"
     """Passes over the training images; auto is 0 where the solved head is all that learns."""
     batch_size: int = 32
     """Images a step; 32 keeps BatchNorm's statistics usable and the memory of a laptop free."""
+    gradient_accumulation: int = 1
+    """Parts that a batch is computed in, one after another, their gradients added up: less memory, the same step. Where
+    the memory does not suffice it doubles by itself."""
     optimizer: Literal["auto", "adamw", "adam", "sgd"] = "auto"
     """auto: sgd for pretrained networks with BatchNorm, as most published fine-tuning of CNNs has it;
     adamw for the others and for a fresh start."""
@@ -106,6 +117,11 @@ class TrainConfig:
     """Stop after this many epochs without a better validation accuracy; 0 never stops early."""
     max_grad_norm: float = 0.0
     """Clip the norm of the gradient at this value; 0 does not clip."""
+    averaging: Literal["none", "ema", "ends"] = "none"
+    """Which average of weights is scored and kept: their exponential moving one over the steps, or that of the start
+    and the best if it is no worse (Wortsman 2022, arXiv 2109.01903)."""
+    ema_decay: float = 0.999
+    """How much of the moving average a step keeps, above 0 and below 1; less in the first steps."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes; 0 to below 1, with head logits only."""
     loss: Literal["cross-entropy", "hinge"] = "cross-entropy"
@@ -137,6 +153,12 @@ class TrainConfig:
             f"--views must be 0 or more, got {self.views}": self.views != "auto" and self.views < 0,
             f"--epochs must be 0 or more, got {self.epochs}": self.epochs != "auto" and self.epochs < 0,
             f"--batch-size must be 1 or more, got {self.batch_size}": self.batch_size < 1,
+            f"--gradient-accumulation must be 1 or more, got {self.gradient_accumulation}": self.gradient_accumulation
+            < 1,
+            f"--random-erasing must be 0 to 1, got {self.random_erasing}": not 0 <= self.random_erasing <= 1,
+            f"--mixup must be 0 or more, got {self.mixup}": not 0 <= self.mixup < float("inf"),
+            f"--cutmix must be 0 or more, got {self.cutmix}": not 0 <= self.cutmix < float("inf"),
+            f"--ema-decay must be above 0 and below 1, got {self.ema_decay}": not 0 < self.ema_decay < 1,
             f"--momentum must be 0 to below 1, got {self.momentum}": not 0 <= self.momentum < 1,
             f"--learning-rate must be above 0, got {self.learning_rate}": not _is_auto_or_positive(self.learning_rate),
             f"--trunk-learning-rate must be above 0, got {self.trunk_learning_rate}": not _is_auto_or_positive(
@@ -156,6 +178,12 @@ class TrainConfig:
             "--resume and --overwrite exclude each other": self.resume and self.overwrite,
             "--label-smoothing needs --head logits and --loss cross-entropy": self.label_smoothing > 0
             and (self.head != "logits" or self.loss == "hinge"),
+            "--mixup and --cutmix need --head logits and --loss cross-entropy": (self.mixup > 0 or self.cutmix > 0)
+            and (self.head != "logits" or self.loss == "hinge"),
+            "--boundary-cache always keeps what frozen layers gave, --cutmix and --random-erasing change the pixels": (
+                self.cutmix > 0 or self.random_erasing > 0
+            )
+            and self.boundary_cache == "always",
             "--loss hinge needs --head logits": self.loss == "hinge" and self.head != "logits",
             f"--head knn freezes all, --scenario {self.scenario} does not": self.head == "knn"
             and self.scenario not in ("auto", "small-similar"),

@@ -63,6 +63,7 @@ class ImageDataset(Dataset[Sample]):
         seed: Makes them a function of (seed, epoch, index), whichever process computes them.
         pictures: Keeps the fitted pictures for the same `spec`, so that the next epoch need not decode them. The
             samples are the same bits without it.
+        random_erasing: Share of the images of which a random rectangle is made grey.
         is_drafting: Leave the transform to `finish`, which runs on the device that the drafts were brought to.
     """
 
@@ -76,10 +77,11 @@ class ImageDataset(Dataset[Sample]):
         seed: int = 0,
         pictures: PictureCache | None = None,
         is_drafting: bool = False,
+        random_erasing: float = 0.0,
     ) -> None:
         self.table = table
         self.spec = spec
-        self.transform = training_transform(spec, augmentation)
+        self.transform = training_transform(spec, augmentation, random_erasing=random_erasing)
         self.seed = seed
         self.pictures = pictures
         self.is_drafting = is_drafting

@@ -66,10 +66,11 @@ def labelled_dataset(
     pixels: HeldPixels | None = None,
     pictures: PictureCache | None = None,
     is_drafting: bool = False,
+    random_erasing: float = 0.0,
 ) -> LabelledDataset:
     """Return the images of `table` as a data set: out of `pixels`, where they are held, or `pictures`, or the files.
 
-    `is_drafting` leaves the transform of pictures that are not held to the device: see `ImageDataset`.
+    `is_drafting` and `random_erasing` are for pictures that are not held: see `ImageDataset`.
     """
     if pixels is None:
         return ImageDataset(
@@ -80,6 +81,7 @@ def labelled_dataset(
             seed=seed,
             pictures=pictures,
             is_drafting=is_drafting,
+            random_erasing=random_erasing,
         )
     return HeldDataset(table, label_map, pixels=pixels, spec=input_spec, augmentation=augmentation, seed=seed)
 

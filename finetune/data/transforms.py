@@ -81,8 +81,10 @@ def batch_transform(
     return transform
 
 
-def training_transform(spec: InputSpec, augmentation: Augmentation) -> v2.Compose:
+def training_transform(spec: InputSpec, augmentation: Augmentation, *, random_erasing: float = 0.0) -> v2.Compose:
     """Build the transform of training: random changes of the fitted picture, then the normalisation of evaluation.
+
+    Of a share `random_erasing` of the images a random rectangle is made grey, whatever the augmentation.
 
     - `none` is the evaluation transform.
     - `light` takes a random crop out of the fitted picture, not of a photograph at its own size, and flips it.
@@ -93,6 +95,8 @@ def training_transform(spec: InputSpec, augmentation: Augmentation) -> v2.Compos
     """
     interpolation = InterpolationMode(spec.interpolation)
     to_unit, *finish = _finish(spec)
+    if random_erasing:
+        finish.append(v2.RandomErasing(random_erasing))
     if augmentation in BATCH_CHANGES:
         change = BATCH_CHANGES[augmentation]
         return v2.Compose([*_still(spec), to_unit, *([OneByOne(change)] if change else []), *finish])

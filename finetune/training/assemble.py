@@ -36,12 +36,12 @@ from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
 from finetune.training.batches import Batches, build_batches
 from finetune.training.checkpoint import SavedState, read_state, restore_state
-from finetune.training.loop import Learner
 from finetune.training.objectives import balanced_class_weights, build_criterion
 from finetune.training.plan import Plan
 from finetune.training.progress import Progress
 from finetune.training.schedules import build_schedule
 from finetune.training.start import is_studied, start_network
+from finetune.training.step import Learner
 
 FREE_TO_CHANGE = frozenset({"data", "output", "overwrite", "resume", "epochs", "workers", "device"})
 """Options that a resume may be given anew."""
@@ -110,7 +110,7 @@ def assemble(config: TrainConfig, run: RunFolder, listing: Listing, reporter: Re
         hold_batch_norm(backbone.module)
     batches = build_batches(config, plan, backbone, table, label_map, precision=precision, reporter=reporter)
     accelerator = build_accelerator(device, resolve_precision(config.precision, device, batches.model))
-    learner = _learner(config, backbone, plan, batches, accelerator)
+    learner = _learner(config, backbone, plan, batches, accelerator, reporter)
     job = Job(
         config=_resolved(config, plan, backbone, batches.workers),
         run=run,
@@ -203,7 +203,12 @@ def _saved_plan(config: TrainConfig, saved: SavedState) -> Plan:
 
 
 def _learner(
-    config: TrainConfig, backbone: Backbone, plan: Plan, batches: Batches, accelerator: Accelerator
+    config: TrainConfig,
+    backbone: Backbone,
+    plan: Plan,
+    batches: Batches,
+    accelerator: Accelerator,
+    reporter: Reporter,
 ) -> Learner:
     class_weights_K = None
     if config.imbalance == "class-weights":
@@ -247,7 +252,21 @@ def _learner(
         accelerator=accelerator,
         max_grad_norm=config.max_grad_norm,
         finish=batches.finish,
+        mix=_mix(config, backbone),
+        average=ModelEmaV3(backbone.module, decay=config.ema_decay, use_warmup=True)
+        if config.averaging == "ema"
+        else None,
+        averages_ends=config.averaging == "ends",
+        parts=config.gradient_accumulation,
+        reporter=reporter,
     )
+
+
+def _mix(config: TrainConfig, backbone: Backbone) -> Mix | None:
+    if not config.mixup and not config.cutmix:
+        return None
+    class_count = head_module(backbone.module).weight.shape[0]
+    return Mix(mixup=config.mixup, cutmix=config.cutmix, class_count=class_count, seed=config.seed)
 
 
 def _resolved(config: TrainConfig, plan: Plan, backbone: Backbone, workers: int) -> TrainConfig:

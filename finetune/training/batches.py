@@ -83,7 +83,8 @@ def build_batches(
         loaders["train"] = _training_loader(config, datasets["train"], workers=0)
         return Batches(loaders=loaders, model=cut.rest, workers=0)
     spec = backbone.input_spec
-    pixels = hold_pixels(table, spec) if can_hold(table, spec, config.augmentation) else None
+    is_held = can_hold(table, spec, config.augmentation) and not config.random_erasing
+    pixels = hold_pixels(table, spec) if is_held else None
     pictures = PictureCache(spec) if pixels is None and worth_caching(table, spec, plan.epochs) else None
     train = labelled_dataset(
         table.select("train"),
@@ -93,6 +94,7 @@ def build_batches(
         seed=config.seed,
         pixels=pixels,
         pictures=pictures,
+        random_erasing=config.random_erasing,
         is_drafting=next(backbone.module.parameters()).device.type == "cuda",  # random changes take a CPU longer
     )
     workers = _workers(config, backbone, table, label_map) if pixels is None and plan.epochs else 0

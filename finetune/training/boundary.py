@@ -120,7 +120,8 @@ def weigh_boundary(
         ModelError: `boundary_cache` is "always" and the network cannot be cut there.
     """
     frozen = len(plan.frozen_stages)
-    if frozen == 0 or config.boundary_cache == "never" or plan.head_start == "neighbours":
+    changes_pixels = config.cutmix > 0 or config.random_erasing > 0
+    if frozen == 0 or config.boundary_cache == "never" or plan.head_start == "neighbours" or changes_pixels:
         return plan
     if frozen == len(backbone.stages) - 1:
         return replace(plan, boundary_cache=True, views=0 if config.views == "auto" else config.views)

@@ -23,8 +23,8 @@ from finetune.errors import RunError, StorageError
 from finetune.runs import strict_json
 from finetune.runs.folder import RunFolder, sync_folder, write_whole
 from finetune.runs.reporting import Reporter
-from finetune.training.loop import Learner
 from finetune.training.progress import Progress
+from finetune.training.step import Learner
 
 FORMAT_NUMBER = 1
 SAVE_EVERY_SECONDS = 600.0
@@ -44,7 +44,14 @@ class SavedState:
     """The best weights, where they have no save of their own."""
     optimizer: dict[str, torch.Tensor]
     rng: dict[str, torch.Tensor]
+    ema: dict[str, torch.Tensor]
+    """The moving average of the weights, where there is one."""
     values: dict[str, Any]
+
+    @property
+    def scored(self) -> dict[str, torch.Tensor]:
+        """The weights that validation has seen."""
+        return self.ema or self.model
 
 
 class Checkpointer:
@@ -121,11 +128,14 @@ def write_state(run: RunFolder, learner: Learner, progress: Progress, *, identit
                 "progress": progress.to_json(),
                 "schedule": learner.schedule.state(),
                 "optimizer_groups": optimizer_groups,
+                "parts": learner.parts,
                 "identity": dict(identity),
                 "metrics_bytes": run.metrics.stat().st_size if run.metrics.exists() else 0,
             }
         ).encode(),
     }
+    if learner.average:
+        files["ema.safetensors"] = save(_packed(learner.average.module.state_dict()))
     if progress.best_step != progress.global_step and not _step_folder(run, progress.best_step).exists():
         files["best.safetensors"] = save(_packed(progress.best_weights))  # its own save was refused or left out
     files["manifest.json"] = strict_json.dump(
@@ -167,6 +177,9 @@ def restore_state(state: SavedState, learner: Learner, *, is_longer: bool) -> Pr
     progress = Progress.from_json(state.values["progress"], _read_best(state))
     first_rates = [float(group["lr"]) for group in learner.optimizer.param_groups]
     learner.network.load_state_dict(state.model)
+    learner.parts = state.values["parts"]
+    if learner.average:
+        learner.average.module.load_state_dict(state.ema)
     _unpack_optimizer(learner.optimizer, learner.network, state.optimizer, state.values["optimizer_groups"])
     if is_longer and learner.schedule.every == "step":
         learner.schedule.catch_up(progress.global_step, first_rates)
@@ -186,9 +199,9 @@ def _read_best(state: SavedState) -> dict[str, torch.Tensor]:
         return state.best
     best = state.folder.with_name(f"step-{state.values['progress']['best_step']:09d}")
     if best == state.folder:
-        return state.model
+        return state.scored
     try:
-        return _verified(best).model
+        return _verified(best).scored
     except (OSError, ValueError, KeyError) as error:
         raise RunError(
             f"the best weights so far, {best}, cannot be read: {error}", "train anew with --overwrite"
@@ -245,6 +258,7 @@ def _verified(folder: Path) -> SavedState:
         best=load(files["best.safetensors"]) if "best.safetensors" in files else {},
         optimizer=load(files["optimizer.safetensors"]),
         rng=load(files["rng.safetensors"]),
+        ema=load(files["ema.safetensors"]) if "ema.safetensors" in files else {},
         values=values,
     )
 

@@ -2,55 +2,24 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from finetune.data.dataset import Draft
 from finetune.data.loaders import EpochSampler, readable
-from finetune.errors import ConfigError, DivergedError, first_ten
+from finetune.errors import ConfigError, DivergedError
 from finetune.models.device import as_inputs
-from finetune.training.objectives import check_pairing, main_output, total_loss
+from finetune.training.objectives import check_pairing, main_output
 from finetune.training.progress import History, Progress, Totals, Watcher
 from finetune.training.schedules import Schedule
+from finetune.training.step import LOWER_RATES, Learner, train_step
 
-# Shapes: B batch, C channels, H height, W width.
-
-LOWER_RATES = "train with a lower --learning-rate and --trunk-learning-rate, or with --max-grad-norm 1"
-
-
-@dataclass(kw_only=True)
-class Learner:
-    """What the loop works on. `max_grad_norm` of 0 does not clip.
-
-    `network` is the whole of which `model` may be the part above a cut; its weights are what is kept and saved.
-    `finish` makes images of the drafts in a training batch, where batches hold drafts.
-    """
-
-    model: nn.Module
-    network: nn.Module = None  # type: ignore[assignment]
-    criterion: nn.Module
-    optimizer: Optimizer
-    schedule: Schedule
-    accelerator: Accelerator = field(default_factory=Accelerator)
-    max_grad_norm: float = 0.0
-    finish: Callable[[Sequence[Draft]], torch.Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        self.network = self.network or self.model
-
-    def learning_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that the optimiser moves."""
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+# Shapes: B batch, C channels, H height, W width, K classes.
 
 
 def train_model(
@@ -113,6 +82,7 @@ def run_epochs(
         start = evaluate_loss(learner, valid_batches)
         progress.history.start_loss, progress.history.start_accuracy = start.mean_loss, start.accuracy
         progress.keep_best(learner.network, start.accuracy)
+        progress.start_weights = progress.best_weights
 
     while progress.epoch < num_epochs and not progress.stop_reason:
         started = time.monotonic()
@@ -134,33 +104,12 @@ def run_epochs(
             for watcher in watchers:
                 watcher.epoch_ended(progress)
 
+    if learner.averages_ends and progress.history.best_epoch and progress.epoch == num_epochs:
+        _average_ends(learner, valid_batches, progress)
     learner.model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     learner.network.load_state_dict(progress.best_weights)
     learner.network.eval()
     learner.model.eval()
-
-
-def train_step(learner: Learner, batch: Sequence[Any], *, step: int = 1) -> tuple[float, int, int]:
-    """Take one optimiser step, the `step`-th; return the mean loss, the right predictions and the images of `batch`.
-
-    Raises:
-        DivergedError: Loss or gradient is not finite; nothing was changed.
-    """
-    class_indices_B = batch[1]
-    with _lone_image_guard(learner.model, len(class_indices_B)):
-        images = learner.finish(batch[0]) if learner.finish else batch[0]
-        outputs = learner.model(*as_inputs(images))
-        loss = total_loss(outputs, class_indices_B, learner.criterion)
-    _require_finite(loss, f"loss of step {step}", learner, batch)
-    learner.optimizer.zero_grad()
-    learner.accelerator.backward(loss)
-    norm = learner.accelerator.clip_grad_norm_(learner.learning_parameters(), learner.max_grad_norm or float("inf"))
-    if norm is not None and learner.accelerator.scaler is None:  # a loss scaler skips such a step by itself
-        _require_finite(norm, f"gradient norm of step {step}", learner, batch)
-    learner.optimizer.step()
-    learner.schedule.step_ended()
-    right = int((main_output(outputs).argmax(dim=1) == class_indices_B).sum())
-    return loss.item(), right, len(class_indices_B)
 
 
 @torch.no_grad()
@@ -179,46 +128,34 @@ def evaluate_loss(learner: Learner, batches: Iterable[Any]) -> Totals:
 def _end_epoch(learner: Learner, valid_batches: Iterable[Any], *, progress: Progress, seconds: float) -> None:
     history = progress.history
     history.learning_rates.append(float(learner.optimizer.param_groups[0]["lr"]))
-    valid = evaluate_loss(learner, valid_batches)
-    if not math.isfinite(valid.mean_loss):
-        raise DivergedError(
-            f"the validation loss of epoch {progress.epoch + 1} became {valid.mean_loss}; the saves before it are kept",
-            LOWER_RATES,
-        )
+    with learner.averaged():
+        valid = evaluate_loss(learner, valid_batches)
+        if not math.isfinite(valid.mean_loss):
+            raise DivergedError(
+                f"the validation loss of epoch {progress.epoch + 1} became {valid.mean_loss}; "
+                "the saves before it are kept",
+                LOWER_RATES,
+            )
+        progress.epoch += 1
+        if progress.is_best(valid.accuracy):
+            progress.keep_best(learner.network, valid.accuracy)
     history.train_loss.append(progress.totals.mean_loss)
     history.train_accuracy.append(progress.totals.accuracy)
     history.valid_loss.append(valid.mean_loss)
     history.valid_accuracy.append(valid.accuracy)
     history.seconds.append(seconds)
     learner.schedule.epoch_ended(valid.mean_loss)
-    progress.epoch += 1
     progress.step, progress.totals = 0, Totals()
-    if progress.is_best(valid.accuracy):
-        progress.keep_best(learner.network, valid.accuracy)
 
 
-def _require_finite(value: torch.Tensor, what: str, learner: Learner, batch: Sequence[Any]) -> None:
-    if bool(torch.isfinite(value)):
-        return
-    learner.optimizer.zero_grad()
-    rate = learner.optimizer.param_groups[0]["lr"]
-    images = f" on {first_ten(batch[2])}" if len(batch) > 2 else ""
-    raise DivergedError(
-        f"the {what} became {value.item()} at learning rate {rate:g}{images}; that step was not taken",
-        LOWER_RATES,
-    )
-
-
-@contextmanager
-def _lone_image_guard(model: nn.Module, images: int) -> Iterator[None]:
-    """Keep BatchNorm in eval mode for a batch of one image: it has no variance to normalise or to remember."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
-    if images > 1:
-        norms = []
-    for norm in norms:
-        norm.eval()
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.train()
+def _average_ends(learner: Learner, valid_batches: Iterable[Any], progress: Progress) -> None:
+    """Keep the mean of the start's weights and the best ones if it is no worse (Wortsman 2022, arXiv 2109.01903)."""
+    mean = {
+        name: best.lerp(progress.start_weights[name], 0.5) if best.is_floating_point() else best
+        for name, best in progress.best_weights.items()
+    }
+    learner.network.load_state_dict(mean)
+    accuracy = evaluate_loss(learner, valid_batches).accuracy
+    progress.history.ends_accuracy = accuracy
+    if accuracy >= progress.history.best_accuracy:
+        progress.best_weights = mean

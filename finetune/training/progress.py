@@ -12,7 +12,8 @@ class History:
     """What happened, one value an epoch; losses are means over images (nats), accuracies lie in 0..1.
 
     `start_loss` and `start_accuracy` are the validation scores before the first epoch. `best_epoch` is the epoch,
-    counted from 1, whose weights are kept; 0 is the start.
+    counted from 1, whose weights are kept; 0 is the start. `ends_accuracy` is that of the mean of the start's weights and
+    those, where it was asked for; they are kept in their place if it is no lower.
     """
 
     train_loss: list[float] = field(default_factory=list)
@@ -25,6 +26,7 @@ class History:
     start_accuracy: float = math.nan
     best_epoch: int = 0
     best_accuracy: float = math.nan
+    ends_accuracy: float = math.nan
 
     def __len__(self) -> int:
         return len(self.train_loss)
@@ -73,6 +75,7 @@ class Progress:
     history: History = field(default_factory=History)
     best_step: int = 0
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    start_weights: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     stop_reason: str = ""
     epochs: int = 0
     images_per_epoch: int = 0

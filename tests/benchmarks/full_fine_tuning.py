@@ -49,8 +49,8 @@ def our_loop(name: str) -> float:
     from finetune.models.device import resolve_device
     from finetune.models.freezing import hold_batch_norm
     from finetune.models.initialize import build_backbone
-    from finetune.training.loop import Learner, train_step
     from finetune.training.schedules import Schedule
+    from finetune.training.step import Learner, train_step
 
     torch.manual_seed(0)
     device = resolve_device("cpu")

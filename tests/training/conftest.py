@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from finetune.training.loop import Learner
 from finetune.training.objectives import build_criterion
 from finetune.training.schedules import build_schedule
+from finetune.training.step import Learner
 
 
 class TinyNetwork(nn.Module):

@@ -17,8 +17,9 @@ from finetune.errors import RunError, StorageError
 from finetune.runs.folder import RunFolder
 from finetune.training import checkpoint
 from finetune.training.checkpoint import Checkpointer, read_state, restore_state
-from finetune.training.loop import Learner, run_epochs
+from finetune.training.loop import run_epochs
 from finetune.training.progress import Progress
+from finetune.training.step import Learner
 from tests.training.conftest import coloured_images
 
 IDENTITY = {"options": {"seed": 0}, "data_fingerprint": "x"}

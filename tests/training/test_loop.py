@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from finetune.errors import ConfigError, DivergedError
 from finetune.models.initialize import initialize_model
-from finetune.training.loop import Learner, run_epochs, train_model, train_step
+from finetune.training.loop import run_epochs, train_model
 from finetune.training.progress import Progress
 from finetune.training.schedules import Schedule
+from finetune.training.step import Learner, train_step
 from finetune.training.stopping import EarlyStopping
 
 

@@ -1,0 +1,171 @@
+"""One optimiser step: a batch computed in as many parts as the memory wants, checked, and only then applied."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import clear_device_cache, should_reduce_batch_size
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from finetune.data.dataset import Draft
+from finetune.errors import DivergedError, first_ten
+from finetune.models.device import as_inputs
+from finetune.runs.reporting import LoggingReporter, Reporter
+from finetune.training.mixing import Mix
+from finetune.training.objectives import main_output, total_loss
+from finetune.training.schedules import Schedule
+
+# Shapes: B batch, C channels, H height, W width, K classes.
+
+LOWER_RATES = "train with a lower --learning-rate and --trunk-learning-rate, or with --max-grad-norm 1"
+
+
+@dataclass(kw_only=True)
+class Learner:
+    """What the loop works on. `max_grad_norm` of 0 does not clip.
+
+    `network` is the whole of which `model` may be the part above a cut; its weights are what is kept and saved.
+    `finish` makes images of the drafts in a training batch, where batches hold drafts. `mix` blends images with each
+    other, `average` follows the weights; with `averages_ends` the mean of start and best is tried in the end. A batch is computed in `parts`, whose gradients are added up.
+    """
+
+    model: nn.Module
+    network: nn.Module = None  # type: ignore[assignment]
+    criterion: nn.Module
+    optimizer: Optimizer
+    schedule: Schedule
+    accelerator: Accelerator = field(default_factory=Accelerator)
+    max_grad_norm: float = 0.0
+    finish: Callable[[Sequence[Draft]], torch.Tensor] | None = None
+    mix: Mix | None = None
+    average: ModelEmaV3 | None = None
+    averages_ends: bool = False
+    parts: int = 1
+    reporter: Reporter = field(default_factory=LoggingReporter)
+
+    def __post_init__(self) -> None:
+        self.network = self.network or self.model
+
+    def learning_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the optimiser moves."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Give the network its averaged weights for a while; without an average it keeps its own."""
+        if self.average is None:
+            yield
+            return
+        own = {name: tensor.detach().clone() for name, tensor in self.network.state_dict().items()}
+        self.network.load_state_dict(self.average.module.state_dict())
+        try:
+            yield
+        finally:
+            self.network.load_state_dict(own)
+
+
+def train_step(learner: Learner, batch: Sequence[Any], *, step: int = 1) -> tuple[float, int, int]:
+    """Take one optimiser step, the `step`-th; return the mean loss, the right predictions and the images of `batch`.
+
+    Where the memory does not suffice the batch is computed anew in twice as many parts, and all later ones too: the
+    update is that of the whole batch, but for BatchNorm in train mode, which sees one part at a time.
+
+    Raises:
+        DivergedError: Loss or gradient is not finite; nothing was changed.
+        RuntimeError: The memory does not suffice for a single image.
+    """
+    inputs = as_inputs(learner.finish(batch[0]) if learner.finish else batch[0])
+    targets = class_indices_B = batch[1]
+    if learner.mix:
+        inputs, targets = learner.mix(inputs, class_indices_B, step=step)
+    while True:
+        generator = torch.get_rng_state()
+        try:
+            loss, right = _add_gradients(learner, inputs, targets, batch, step)
+            break
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error) or learner.parts >= len(class_indices_B):
+                raise
+            torch.set_rng_state(generator)
+        _halve_parts(learner)  # here, where the failed attempt's tensors are gone
+    norm = learner.accelerator.clip_grad_norm_(learner.learning_parameters(), learner.max_grad_norm or float("inf"))
+    if norm is not None and learner.accelerator.scaler is None:  # a loss scaler skips such a step by itself
+        _require_finite(norm, f"gradient norm of step {step}", learner, batch)
+    learner.optimizer.step()
+    learner.schedule.step_ended()
+    if learner.average:
+        learner.average.update(learner.network, step=step)
+    return loss, right, len(class_indices_B)
+
+
+def _add_gradients(
+    learner: Learner, inputs: tuple[torch.Tensor, ...], targets: torch.Tensor, batch: Sequence[Any], step: int
+) -> tuple[float, int]:
+    """Return the mean loss and the right predictions of a batch; its gradient lies in the parameters then."""
+    learner.optimizer.zero_grad()
+    whole = _weight(learner.criterion, targets)
+    mean, right = 0.0, 0
+    parts = min(learner.parts, len(targets))
+    for *part, targets_B in zip(*(tensor.tensor_split(parts) for tensor in (*inputs, targets)), strict=True):
+        with _lone_image_guard(learner.model, len(targets_B)):
+            outputs = learner.model(*part)
+            loss = total_loss(outputs, targets_B, learner.criterion)
+        loss = loss * (_weight(learner.criterion, targets_B) / whole)
+        _require_finite(loss, f"loss of step {step}", learner, batch)
+        learner.accelerator.backward(loss)
+        mean += loss.item()
+        indices_B = targets_B if targets_B.ndim == 1 else targets_B.argmax(dim=1)
+        right += int((main_output(outputs).argmax(dim=1) == indices_B).sum())
+    return mean, right
+
+
+def _weight(criterion: nn.Module, targets: torch.Tensor) -> torch.Tensor | int:
+    """Return by what `criterion` divides the sum over the images of a batch when it takes their mean."""
+    weights_K = getattr(criterion, "weight", None)
+    if weights_K is None or targets.ndim == 2 or isinstance(criterion, nn.MultiMarginLoss):
+        return len(targets)
+    return weights_K[targets].sum()
+
+
+def _halve_parts(learner: Learner) -> None:
+    learner.optimizer.zero_grad()
+    clear_device_cache(garbage_collection=True)
+    learner.parts *= 2
+    learner.reporter.warn(
+        f"out of memory: from here on a batch is computed in {learner.parts} parts, one after another."
+    )
+    if any(isinstance(module, _BatchNorm) and module.training for module in learner.model.modules()):
+        learner.reporter.warn("BatchNorm sees one part at a time and so takes its statistics from fewer images.")
+
+
+def _require_finite(value: torch.Tensor, what: str, learner: Learner, batch: Sequence[Any]) -> None:
+    if bool(torch.isfinite(value)):
+        return
+    learner.optimizer.zero_grad()
+    rate = learner.optimizer.param_groups[0]["lr"]
+    images = f" on {first_ten(batch[2])}" if len(batch) > 2 else ""
+    raise DivergedError(
+        f"the {what} became {value.item()} at learning rate {rate:g}{images}; that step was not taken",
+        LOWER_RATES,
+    )
+
+
+@contextmanager
+def _lone_image_guard(model: nn.Module, images: int) -> Iterator[None]:
+    """Keep BatchNorm in eval mode for a batch of one image: it has no variance to normalise or to remember."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+    if images > 1:
+        norms = []
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()

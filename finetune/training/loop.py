@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DataLoaderConfiguration, convert_to_fp32
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
@@ -18,7 +21,7 @@ from torch.utils.data import DataLoader
 from finetune.data.dataset import Draft
 from finetune.data.loaders import EpochSampler, readable
 from finetune.errors import ConfigError, DivergedError, first_ten
-from finetune.models.device import as_inputs
+from finetune.models.device import as_inputs, resolve_device
 from finetune.training.objectives import check_pairing, main_output, total_loss
 from finetune.training.progress import History, Progress, Totals, Watcher
 from finetune.training.schedules import Schedule
@@ -26,6 +29,18 @@ from finetune.training.schedules import Schedule
 # Shapes: B batch, C channels, H height, W width.
 
 LOWER_RATES = "train with a lower --learning-rate and --trunk-learning-rate, or with --max-grad-norm 1"
+
+
+def build_accelerator(device: torch.device, precision: str) -> Accelerator:
+    """Return accelerate's handle on the device, the number format of the training steps and the processes."""
+    if AcceleratorState._shared_state and PartialState().num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier training's choices bind for good otherwise
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="no" if precision == "fp32" else precision,
+        # Only pinned memory may be copied from while Python goes on: any other could be freed by then.
+        dataloader_config=DataLoaderConfiguration(non_blocking=device.type == "cuda"),
+    )
 
 
 @dataclass(kw_only=True)
@@ -41,7 +56,7 @@ class Learner:
     criterion: nn.Module
     optimizer: Optimizer
     schedule: Schedule
-    accelerator: Accelerator = field(default_factory=Accelerator)
+    accelerator: Accelerator = field(default_factory=lambda: build_accelerator(resolve_device("auto"), "fp32"))
     max_grad_norm: float = 0.0
     finish: Callable[[Sequence[Draft]], torch.Tensor] | None = None
 
@@ -105,8 +120,11 @@ def run_epochs(
     sampler = loaders["train"].batch_sampler
     accelerator = learner.accelerator
     model, optimizer = accelerator.prepare(learner.model, learner.optimizer)
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # scores come in float32, as those of a saved model do
     train_batches, valid_batches = accelerator.prepare(loaders["train"], loaders["valid"])
-    learner.model, learner.optimizer = model, optimizer
+    learner.model = model
+    if accelerator.scaler is not None or accelerator.num_processes > 1:
+        learner.optimizer = optimizer  # else it adds nothing but time: it looks for a package at every step
     progress.epochs, progress.images_per_epoch = num_epochs, len(loaders["train"].dataset)  # type: ignore[arg-type]
 
     if not progress.has_started:
@@ -134,7 +152,7 @@ def run_epochs(
             for watcher in watchers:
                 watcher.epoch_ended(progress)
 
-    learner.model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    learner.model = accelerator.unwrap_model(model)
     learner.network.load_state_dict(progress.best_weights)
     learner.network.eval()
     learner.model.eval()
@@ -149,12 +167,18 @@ def train_step(learner: Learner, batch: Sequence[Any], *, step: int = 1) -> tupl
     class_indices_B = batch[1]
     with _lone_image_guard(learner.model, len(class_indices_B)):
         images = learner.finish(batch[0]) if learner.finish else batch[0]
-        outputs = learner.model(*as_inputs(images))
+        with learner.accelerator.autocast():
+            outputs = learner.model(*as_inputs(images))
+        outputs = convert_to_fp32(outputs)
         loss = total_loss(outputs, class_indices_B, learner.criterion)
     _require_finite(loss, f"loss of step {step}", learner, batch)
     learner.optimizer.zero_grad()
     learner.accelerator.backward(loss)
-    norm = learner.accelerator.clip_grad_norm_(learner.learning_parameters(), learner.max_grad_norm or float("inf"))
+    parameters = learner.learning_parameters()
+    if learner.max_grad_norm:
+        norm = learner.accelerator.clip_grad_norm_(parameters, learner.max_grad_norm)
+    else:
+        norm = get_total_norm([each.grad for each in parameters if each.grad is not None])
     if norm is not None and learner.accelerator.scaler is None:  # a loss scaler skips such a step by itself
         _require_finite(norm, f"gradient norm of step {step}", learner, batch)
     learner.optimizer.step()

@@ -23,6 +23,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Begin with an empty cache, the folder of which is returned: it is there as soon as something is kept."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("FINETUNE_CACHE", str(folder))
+    monkeypatch.delenv("FINETUNE_CACHE_GB", raising=False)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def flowers() -> Path:
     """The example flowers that the repository carries."""

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from finetune.data.decode import decode_image
 from finetune.data.picture_cache import PictureCache
 from finetune.data.table import ImageRow, ImageTable
-from finetune.data.transforms import Augmentation, to_tensor, training_transform
+from finetune.data.transforms import Augmentation, fit_transform, to_tensor, training_transform
 from finetune.errors import ImageError
 from finetune.runs.records import InputSpec, LabelMap
 
@@ -19,7 +19,7 @@ SampleKey = int | tuple[int, int]
 
 
 class Draft(NamedTuple):
-    """A picture (C, H, W) uint8 that a device is still to transform, and the seed of all that is random about it."""
+    """A fitted picture (C, H, W) uint8 that a device is to transform, and the seed of all that is random about it."""
 
     picture_CHW: torch.Tensor
     seed: int
@@ -81,6 +81,7 @@ class ImageDataset(Dataset[Sample]):
     ) -> None:
         self.table = table
         self.spec = spec
+        self.fit = fit_transform(spec)
         self.transform = training_transform(spec, augmentation, random_erasing=random_erasing)
         self.seed = seed
         self.pictures = pictures
@@ -119,7 +120,9 @@ class ImageDataset(Dataset[Sample]):
     def _picture(self, row: ImageRow, epoch: int) -> torch.Tensor:
         path = self.table.path(row)
         if self.pictures is None:
-            return to_tensor(decode_image(path, short_side_px=self.spec.resize_px))
+            picture_CHW = to_tensor(decode_image(path, short_side_px=self.spec.resize_px))
+            # Only what is fitted is small enough to be handed on; the transform gives the same either way.
+            return torch.as_tensor(self.fit(picture_CHW)) if self.is_drafting else picture_CHW
         if epoch != self._epoch:  # in the last one, other workers have put what this one may be asked for now
             self._epoch = epoch
             self.pictures.refresh()

@@ -2,6 +2,7 @@
 
 import os
 from importlib import import_module
+from importlib.metadata import version
 
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
@@ -48,6 +49,12 @@ def decode_jpeg(image: JpegImageFile, data: bytes) -> Image.Image:
     decoded = Image.fromarray(pixels_HWC[:, :, 0] if image.mode == "L" else pixels_HWC)
     decoded.info = image.info  # profile and orientation
     return decoded
+
+
+def decoder_key() -> str:
+    """Return what tells kept pixels of one decoder from those of another: its name and, but for Pillow, its version."""
+    name = _decoder()
+    return name if name == "pillow" else f"{name} {version(name)}"
 
 
 def _decoder() -> str:

@@ -6,6 +6,7 @@ the files.
 
 import hashlib
 import struct
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Self
@@ -14,10 +15,10 @@ import numpy as np
 import torch
 
 from finetune.data.decode import decode_image, read_image_file
-from finetune.data.jpeg import SHRINK_TOLERANCE
+from finetune.data.jpeg import SHRINK_TOLERANCE, decoder_key
 from finetune.data.table import ImageRow, ImageTable
 from finetune.data.transforms import fit_transform, to_tensor
-from finetune.runs.cache_folder import cache_folder, cache_limit_bytes, is_inside
+from finetune.runs.cache_folder import cache_folder, cache_limit_bytes, is_inside, prune_cache
 from finetune.runs.records import InputSpec
 from finetune.runs.row_store import open_store
 
@@ -49,6 +50,7 @@ class PictureCache:
                 "channels": spec.channels,
                 "shrink_tolerance": SHRINK_TOLERANCE,
                 "libraries": {name: version(name) for name in LIBRARIES},
+                "jpeg_decoder": decoder_key(),
                 "format_number": FORMAT_NUMBER,
             },
         )
@@ -90,6 +92,8 @@ class PictureCache:
     def close(self) -> None:
         """Let go of what was being written, and keep the whole cache within its bound."""
         self._store.close()
+        with suppress(OSError):
+            prune_cache(cache_limit_bytes())  # of what worker processes wrote as well
 
     def _kept(self, sha256: str) -> torch.Tensor | None:
         row = self._store.get(sha256)

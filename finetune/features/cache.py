@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from finetune.data.jpeg import decoder_key
 from finetune.data.transforms import Augmentation
+from finetune.errors import ModelError, StorageError
+from finetune.features.engine import BATCH_SIZE
 from finetune.features.trunk import Trunk
 from finetune.runs.cache_folder import cache_folder, is_inside
 from finetune.runs.row_store import RowStore, open_store
@@ -18,6 +21,7 @@ Activations = tuple[np.ndarray[Any, Any], ...]
 """What crosses the cut for one image, each array of any shape."""
 
 FORMAT_NUMBER = 1
+NEVER = "train with --boundary-cache never"
 LIBRARIES = ("torch", "torchvision", "timm", "pillow")  # another version may compute or decode a little differently
 
 
@@ -56,8 +60,17 @@ class ActivationCache:
         return self._unstored.get(key) if row is None else _unpack(row, self.dtype)
 
     def put(self, key: str, activations: Activations) -> None:
-        """Keep the activations of an image."""
-        rounded = tuple(np.ascontiguousarray(array, dtype=self.dtype) for array in activations)
+        """Keep the activations of an image.
+
+        Raises:
+            ModelError: A map holds numbers that float16 has not.
+        """
+        with np.errstate(over="ignore"):
+            # Copies: an array may be a view of a whole batch, which would then stay in memory with it.
+            rounded = tuple(np.array(array, dtype=self.dtype, order="C") for array in activations)
+        pairs = zip(rounded, activations, strict=True)
+        if any(np.isinf(kept).any() and np.isfinite(array).all() for kept, array in pairs):
+            raise ModelError("the frozen layers give numbers above 65,504, too large to be kept", NEVER)
         if self.store:
             self.store.put(key, _pack(rounded))
         if self.store is None or self.store.write_error is not None:
@@ -69,14 +82,25 @@ class ActivationCache:
         return self.store.write_error if self.store else None
 
     def refresh(self) -> None:
-        """See what other processes have computed, and tell the cache that it is in use."""
+        """See what other processes have computed."""
         if self.store:
-            self.store.missing([])
+            self.store.refresh()
 
     def close(self) -> None:
         """End writing; what is kept can still be read."""
         if self.store:
             self.store.close()
+
+
+def present(activations: Activations | None) -> Activations:
+    """Return activations that a pass has put into the cache or found there.
+
+    Raises:
+        StorageError: They are gone: another process has deleted them before this one could read them.
+    """
+    if activations is None:
+        raise StorageError("activations have vanished from the cache", "start again, with a larger FINETUNE_CACHE_GB")
+    return activations
 
 
 def open_activations(
@@ -95,6 +119,7 @@ def open_activations(
         "precision": precision,
         "dtype": dtype,
         "libraries": {name: version(name) for name in LIBRARIES},
+        "jpeg_decoder": decoder_key(),
         "format_number": FORMAT_NUMBER,
     }
     store = None if is_inside(cache_folder(), data_root) else open_store("activations", made_by)
@@ -109,6 +134,7 @@ def open_exports(trunk: Trunk, data_root: Path) -> RowStore | None:
         "title": f"{trunk.title}, exported",
         **trunk.key(),
         "image_size_px": trunk.backbone.input_spec.image_size_px,
+        "batch_size": BATCH_SIZE,
         "libraries": {name: version(name) for name in LIBRARIES},
         "format_number": FORMAT_NUMBER,
     }

@@ -16,7 +16,7 @@ from finetune.data.decode import Pixels, decode_image, read_image_file
 from finetune.data.table import ImageRow, ImageTable
 from finetune.data.transforms import evaluation_transform, to_tensor, training_transform
 from finetune.errors import DataError
-from finetune.features.cache import ActivationCache, View, open_activations, open_exports
+from finetune.features.cache import ActivationCache, View, open_activations, open_exports, present
 from finetune.features.engine import TrunkEngine
 from finetune.features.trunk import Trunk
 from finetune.runs.records import LabelMap
@@ -167,11 +167,12 @@ class TrunkPass:
         Raises:
             ImageError: A file can no longer be read.
             DataError: A file has changed since it was scanned.
+            StorageError: The cache is emptied faster than it is filled.
         """
         self.fill(table, reporter)
-        found = [activations for row in table.rows if (activations := self.cache.get(row.sha256)) is not None]
+        found = [self.cache.get(row.sha256) for row in table.rows]
         return Features(
-            features_ND=np.stack([features_D for (features_D,) in found]),
+            features_ND=np.stack([present(activations)[0] for activations in found]),
             class_indices_N=np.array(label_map.indices(table.labels), dtype=np.int64),
         )
 

@@ -226,12 +226,14 @@ def _best_trial(problem: Problems, axes: Axes, held_out_FN: Tensor) -> _Trial:
     weight_FKR = before_FKR = folds.start()
     weight_sum = float(problem.image_weights_BN.sum())
     loss = math.log(problem.class_count)  # of knowing nothing
+    # A class that a fold holds out whole says nothing about strengths: its images are wrong for certain.
+    is_known_FN = (weight_FKR[:, :, -1] > BARRED)[:, problem.class_indices_N]
     best: _Trial | None = None
     for strength in STRENGTHS:
         start_FKR = 2 * weight_FKR - before_FKR
         tolerance = FOLD_TOLERANCE * max(loss / FINE_LOSS, 1) ** 2 * weight_sum
         before_FKR, weight_FKR = weight_FKR, solve(folds, strength=strength, start_BKR=start_FKR, tolerance=tolerance)
-        counting_FN = problem.image_weights_BN * held_out_FN
+        counting_FN = problem.image_weights_BN * held_out_FN * is_known_FN
         trial = _score(replace(folds, image_weights_BN=counting_FN), held_out_FN, strength, weight_FKR)
         if best and trial.loss_F.mean() > best.loss_F.mean():
             break
@@ -249,7 +251,10 @@ def _fold_features(problem: Problems, axes: Axes, held_out_FN: Tensor) -> Tensor
     if len(held_out_FN) * axes.features_NR.numel() > MOST_FOLD_NUMBERS:
         return problem.features_BNR
     bases = (axes.within(problem.class_indices_N, ~held_out_N) for held_out_N in held_out_FN)
-    return torch.stack([axes.features_NR @ basis_RR for basis_RR in bases])
+    features_FNR = axes.features_NR.new_empty(len(held_out_FN), *axes.features_NR.shape)
+    for features_NR, basis_RR in zip(features_FNR, bases, strict=True):
+        torch.mm(axes.features_NR, basis_RR, out=features_NR)
+    return features_FNR
 
 
 def _score(held_out: Problems, held_out_FN: Tensor, strength: float, weight_FKR: Tensor) -> _Trial:
@@ -261,7 +266,7 @@ def _score(held_out: Problems, held_out_FN: Tensor, strength: float, weight_FKR:
     right_F, held_out_F, loss_F, counting_F = (
         values_FN.sum(dim=1).cpu().numpy() for values_FN in (is_right_FN, held_out_FN, loss_FN, counting_FN)
     )
-    return _Trial(strength, weight_FKR, right_F / held_out_F, loss_F / counting_F)
+    return _Trial(strength, weight_FKR, right_F / held_out_F, loss_F / counting_F.clip(1e-12))
 
 
 def _settle(weight_BKR: Tensor) -> Tensor:

@@ -32,12 +32,17 @@ def resolve_precision(name: str, device: torch.device, network: nn.Module) -> st
     That is on a GPU that has it, and on a processor with instructions for it for a large network whose convolutions are
     all dense: it trains up to twice as fast, one with depthwise convolutions slower, a small one no faster
     (tests/benchmarks/full_fine_tuning.py).
+
+    Raises:
+        ConfigError: It is "fp16" and the device a CPU, which would take float32 without a word.
     """
+    if name == "fp16" and device.type == "cpu":
+        raise ConfigError("--precision fp16 needs a GPU", "use bf16 or fp32")
     if name != "auto":
         return name
     match device.type:
         case "cuda":
-            is_faster = torch.cuda.is_bf16_supported()
+            is_faster = torch.cuda.is_bf16_supported(including_emulation=False)
         case "cpu":
             is_faster = torch.cpu._is_avx512_bf16_supported() and _is_large_and_dense(network)
         case _:

@@ -9,8 +9,8 @@ from typing import Any
 PACKAGES = ("finetune", "torch", "torchvision", "timm", "accelerate", "scikit-learn", "numpy", "pillow", "safetensors")
 
 
-def describe_environment(*, device: str, threads: int, seed: int) -> dict[str, Any]:
-    """Return what environment.json holds; `threads` are those torch computes with."""
+def describe_environment(*, device: str, threads: int, precision: str, seed: int) -> dict[str, Any]:
+    """Return what environment.json holds; `threads` are those torch computes with, `precision` what it trains in."""
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -18,6 +18,7 @@ def describe_environment(*, device: str, threads: int, seed: int) -> dict[str, A
         "packages": {name: _version(name) for name in PACKAGES},
         "device": device,
         "threads": threads,
+        "precision": precision,
         "seed": seed,
         "command": sys.argv,
     }

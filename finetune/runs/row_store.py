@@ -15,7 +15,7 @@ import weakref
 import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
-from io import FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -186,7 +186,7 @@ class RowStore:
     def _append(self, name: bytes, row: memoryview, row_crc: int) -> int:
         """Write a row into a segment of this process, a new one if need be, and return its place."""
         segment_bytes = self._limit_bytes // _SEGMENTS_IN_LIMIT
-        if self._writer and self._writer.rows_bytes >= segment_bytes:
+        if self._writer and (self._writer.rows_bytes >= segment_bytes or self._writer.is_deleted):
             self._end_segment()
         if not self._writer:
             self._writer = self._begin_segment(max(segment_bytes, len(row) + RECORD.size))
@@ -208,6 +208,7 @@ class RowStore:
         return writer
 
     def _end_segment(self) -> None:
+        """Close the segment being written; its rows stay readable to this process, whoever deletes it now."""
         if self._writer:
             self._writer.close()
         self._writer = None
@@ -281,15 +282,20 @@ class _Segment:
         self.is_checked = bytearray()
 
     def view(self, offset: int, length: int) -> memoryview:
-        """Return bytes of the rows, fewer where the file has become shorter."""
+        """Return bytes of the rows, none where the file has become too short."""
         if self._mapping is None or offset + length > len(self._mapping):
             with self.rows_path.open("rb") as file:
-                self.is_checked = bytearray(len(self.is_checked))  # the file may have become another since
-                if not os.fstat(file.fileno()).st_size:
-                    return memoryview(b"")
-                self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self.hold(file)
             self.mark_used()
+        if self._mapping is None or offset + length > len(self._mapping):
+            return memoryview(b"")
         return memoryview(self._mapping)[offset : offset + length]
+
+    def hold(self, rows: FileIO | BufferedReader) -> None:
+        """Map the open file of the rows, if there is anything in it; it stays readable after the file was deleted."""
+        self.is_checked = bytearray(len(self.is_checked))  # the file may have become another since
+        if os.fstat(rows.fileno()).st_size:
+            self._mapping = mmap.mmap(rows.fileno(), 0, access=mmap.ACCESS_READ)
 
     def mark_used(self) -> None:
         """Put the segment last in the order of deletion."""
@@ -314,7 +320,7 @@ class _Writer:
         self.segment = _Segment(stem)
         self.rows_bytes = 0
         with ExitStack() as stack:
-            self._rows = stack.enter_context(self.segment.rows_path.open("xb", buffering=0))
+            self._rows = stack.enter_context(self.segment.rows_path.open("x+b", buffering=0))
             self._index = stack.enter_context(self.segment.index_path.open("xb", buffering=0))
             fcntl.flock(self._index, fcntl.LOCK_EX)
             self._files = stack.pop_all()
@@ -328,8 +334,15 @@ class _Writer:
         self.rows_bytes += len(row)
         return self.segment.add(record)
 
+    @property
+    def is_deleted(self) -> bool:
+        """Tell whether the cache was cleared, so that nobody would find what is written from here on."""
+        return not os.fstat(self._index.fileno()).st_nlink
+
     def close(self) -> None:
-        """End the segment."""
+        """End the segment, whose rows this process can read from here on even if it is deleted."""
+        with suppress(OSError):
+            self.segment.hold(self._rows)
         self._files.close()
 
 

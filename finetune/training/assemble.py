@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DataLoaderConfiguration
 
 from finetune.config.schema import OPTION_NAMES, TrainConfig
 from finetune.config.yaml_io import to_yaml
@@ -41,10 +39,12 @@ from finetune.training.plan import Plan
 from finetune.training.progress import Progress
 from finetune.training.schedules import build_schedule
 from finetune.training.start import is_studied, start_network
-from finetune.training.step import Learner
+from finetune.training.step import Learner, build_accelerator
 
 FREE_TO_CHANGE = frozenset({"data", "output", "overwrite", "resume", "epochs", "workers", "device"})
 """Options that a resume may be given anew."""
+OTHER_IMAGES = "the images are not those that training began with"
+ANEW = "train anew with another --output"
 
 
 @dataclass(kw_only=True)
@@ -81,7 +81,9 @@ def assemble(config: TrainConfig, run: RunFolder, listing: Listing, reporter: Re
     device = resolve_device(config.device)
     seed_everything(config.seed)
     saved = read_state(run, reporter) if config.resume else None
-    backbone = _network(config, listing, device, use_pretrained=config.use_pretrained and saved is None)
+    if saved:
+        _refuse_changes(config, saved, run)
+    backbone = _network(config, listing, device, is_filled_later=saved is not None)
     precision = resolve_precision(config.precision, device, backbone.module)
     with ExitStack() as stack:
         trunk_pass = None
@@ -104,12 +106,13 @@ def assemble(config: TrainConfig, run: RunFolder, listing: Listing, reporter: Re
         else:
             plan = start_network(config, run, backbone, table, label_map, trunk_pass=trunk_pass, reporter=reporter)
     if plan.start == "fresh" and backbone.is_pretrained:
-        backbone = _network(replace(config, weights=None), listing, device, use_pretrained=False)
+        backbone = _network(config, listing, device, is_filled_later=True)
     freeze_stages(backbone.module, backbone.stages, len(plan.frozen_stages))
     if plan.batch_norm == "eval":
         hold_batch_norm(backbone.module)
     batches = build_batches(config, plan, backbone, table, label_map, precision=precision, reporter=reporter)
-    accelerator = build_accelerator(device, resolve_precision(config.precision, device, batches.model))
+    training_precision = resolve_precision(config.precision, device, batches.model)
+    accelerator = build_accelerator(device, training_precision)
     learner = _learner(config, backbone, plan, batches, accelerator, reporter)
     job = Job(
         config=_resolved(config, plan, backbone, batches.workers),
@@ -123,13 +126,15 @@ def assemble(config: TrainConfig, run: RunFolder, listing: Listing, reporter: Re
         progress=Progress(),
     )
     if saved:
-        _refuse_changes(config, saved, job)
-        job.progress = restore_state(
-            saved, learner, is_longer=plan.epochs != saved.values["identity"]["plan"]["epochs"]
-        )
+        if saved.values["identity"]["data_fingerprint"] != table.fingerprint():
+            raise RunError(f"{run.path} cannot be resumed: {OTHER_IMAGES}", ANEW)
+        is_longer = plan.epochs > saved.values["identity"]["plan"]["epochs"]
+        job.progress = restore_state(saved, learner, is_longer=is_longer)
         _forget_later_events(run, saved)
     else:
-        environment = describe_environment(device=str(device), threads=torch.get_num_threads(), seed=config.seed)
+        environment = describe_environment(
+            device=str(device), threads=torch.get_num_threads(), precision=training_precision, seed=config.seed
+        )
         write_whole(run.environment, strict_json.dump(environment, indent=1))
     write_whole(run.config, to_yaml(job.config))
     return job
@@ -140,17 +145,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def build_accelerator(device: torch.device, precision: str) -> Accelerator:
-    """Return accelerate's handle on the device, the number format and the processes."""
-    if AcceleratorState._shared_state and PartialState().num_processes == 1:
-        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier training's choices bind for good otherwise
-    return Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision="no" if precision == "fp32" else precision,
-        dataloader_config=DataLoaderConfiguration(non_blocking=True),  # batches lie in pinned memory
-    )
 
 
 def _images(
@@ -176,12 +170,13 @@ def _images(
     return table, images.label_map
 
 
-def _network(config: TrainConfig, listing: Listing, device: torch.device, *, use_pretrained: bool) -> Backbone:
+def _network(config: TrainConfig, listing: Listing, device: torch.device, *, is_filled_later: bool) -> Backbone:
+    """Build the network, with random weights where those it will have come from elsewhere."""
     backbone = build_backbone(
         config.model,
         num_classes=len(listing.class_names),
-        use_pretrained=use_pretrained,
-        weights=config.weights,
+        use_pretrained=config.use_pretrained and not is_filled_later,
+        weights=None if is_filled_later else config.weights,
         head=config.head,
         image_size=None if config.image_size == "auto" else config.image_size,
         channels=None if config.channels == "auto" else config.channels,
@@ -211,7 +206,7 @@ def _learner(
     reporter: Reporter,
 ) -> Learner:
     class_weights_K = None
-    if config.imbalance == "class-weights":
+    if config.imbalance == "class-weights" and plan.head_start != "neighbours":
         class_indices_N = torch.tensor(batches.loaders["train"].dataset.class_indices)  # type: ignore[attr-defined]
         class_count = head_module(backbone.module).weight.shape[0]
         counts_K = torch.bincount(class_indices_N, minlength=class_count)
@@ -274,7 +269,8 @@ def _resolved(config: TrainConfig, plan: Plan, backbone: Backbone, workers: int)
         config,
         data=str(Path(config.data).resolve()),
         output=None,
-        weights=None if plan.start == "fresh" else config.weights,
+        weights=None if plan.start == "fresh" else _absolute(config.weights),
+        label_names=_absolute(config.label_names),
         scenario=plan.scenario,
         head_start="random" if plan.head_start == "random" else "probe",
         image_size=backbone.input_spec.image_size_px,
@@ -293,24 +289,26 @@ def _resolved(config: TrainConfig, plan: Plan, backbone: Backbone, workers: int)
     )
 
 
+def _absolute(path: Path | None) -> Path | None:
+    return path and path.resolve()
+
+
 def _fixed_options(config: TrainConfig) -> dict[str, Any]:
     values = {name: getattr(config, name) for name in OPTION_NAMES if name not in FREE_TO_CHANGE}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def _refuse_changes(config: TrainConfig, saved: SavedState, job: Job) -> None:
+def _refuse_changes(config: TrainConfig, saved: SavedState, run: RunFolder) -> None:
     """Compare the options as they were given with those the run was saved with; an "auto" agrees with any."""
-    before = saved.values["identity"]
-    options = _fixed_options(TrainConfig()) | before["options"]  # a run of an earlier version knew fewer options
+    # A run of an earlier version knew fewer options.
+    options = _fixed_options(TrainConfig()) | saved.values["identity"]["options"]
     changes = [
         f"--{name.replace('_', '-')} was {options[name]!r} and is {value!r}"
         for name, value in _fixed_options(config).items()
         if value not in ("auto", options[name])
     ]
-    if before["data_fingerprint"] != job.table.fingerprint():
-        changes.append("the images are not those that training began with")
     if changes:
-        raise RunError(f"{job.run.path} cannot be resumed: {'; '.join(changes)}", "train anew with another --output")
+        raise RunError(f"{run.path} cannot be resumed: {'; '.join(changes)}", ANEW)
 
 
 def _forget_later_events(run: RunFolder, saved: SavedState) -> None:

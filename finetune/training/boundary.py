@@ -1,8 +1,11 @@
 """Training above the freezing boundary: frozen layers run once, and what they gave is what the rest learns from."""
 
+import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -14,14 +17,14 @@ from finetune.data.dataset import Batch, SampleKey
 from finetune.data.decode import decode_image
 from finetune.data.table import SPLITS, ImageTable
 from finetune.data.transforms import evaluation_transform, to_tensor
-from finetune.errors import ModelError
-from finetune.features.cache import ActivationCache, View
+from finetune.errors import ConfigError, ModelError
+from finetune.features.cache import ActivationCache, View, present
 from finetune.features.cut import Cut, cut_model
 from finetune.features.extract import TrunkPass
 from finetune.features.trunk import Trunk
 from finetune.models.device import as_inputs
 from finetune.models.initialize import Backbone
-from finetune.runs.cache_folder import cache_limit_bytes
+from finetune.runs.cache_folder import cache_folder, cache_limit_bytes, is_inside
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
 from finetune.training.objectives import main_output
@@ -118,6 +121,7 @@ def weigh_boundary(
 
     Raises:
         ModelError: `boundary_cache` is "always" and the network cannot be cut there.
+        ConfigError: It is "always" and there is no room.
     """
     frozen = len(plan.frozen_stages)
     changes_pixels = config.cutmix > 0 or config.random_erasing > 0
@@ -135,16 +139,31 @@ def weigh_boundary(
     auto_views = 0 if config.augmentation == "none" else min(plan.epochs, VIEWS)
     views = auto_views if config.views == "auto" else config.views
     kept = replace(plan, boundary_cache=True, views=views)
+    disk_bytes = costs.row_bytes * len(table) * max(views, 1)
+    room_bytes = _room_bytes(table.root)
+    if config.boundary_cache == "always" and disk_bytes > room_bytes:
+        raise ConfigError(
+            f"the activations take {disk_bytes / 1e9:.1f} GB, and there is room for {room_bytes / 1e9:.1f} GB",
+            "take fewer --views, a larger FINETUNE_CACHE_GB, or --boundary-cache auto",
+        )
     if config.boundary_cache == "always":
         return kept
-    disk_bytes = costs.row_bytes * len(table) * max(views, 1)
-    fits = disk_bytes <= cache_limit_bytes() / 2
+    fits = disk_bytes <= room_bytes / 2
     is_cheaper = fits and costs.saves(epochs=plan.epochs, views=max(views, 1))
     reporter.say(
         f"The frozen layers run {'once' if is_cheaper else 'in every epoch'}: their activations take "
         f"{disk_bytes / 1e9:.1f} GB, and an epoch that runs them about {costs.epoch_ratio:.1f} times as long."
     )
     return kept if is_cheaper else plan
+
+
+def _room_bytes(data_root: Path) -> int:
+    """Return how much may be kept: what the cache may hold and its disk has, or little where it is held in memory."""
+    folder = cache_folder()
+    if is_inside(folder, data_root):
+        return HELD_BYTES
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return min(cache_limit_bytes(), shutil.disk_usage(there).free) if os.access(there, os.W_OK) else HELD_BYTES
 
 
 class ActivationDataset(Dataset[Batch]):
@@ -160,7 +179,8 @@ class ActivationDataset(Dataset[Batch]):
         self.table = table
         self.caches = caches
         self.class_indices = label_map.indices(table.labels)
-        self._held: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+        self._class_indices_N = torch.tensor(self.class_indices)
+        self._held: dict[int, tuple[torch.Tensor, ...] | None] = {}
         self._room = HELD_BYTES
 
     def __len__(self) -> int:
@@ -171,25 +191,37 @@ class ActivationDataset(Dataset[Batch]):
         return self.__getitems__([key])
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> Batch:
-        """Return the batch of `keys`, collated; the first of it is a tuple of the tensors that cross, float32."""
+        """Return the batch of `keys`, all of one epoch; the first of it are the tensors that cross, float32."""
         pairs = [key if isinstance(key, tuple) else (0, key) for key in keys]
-        found = [self._row(epoch % len(self.caches), index) for epoch, index in pairs]
-        crossing = tuple(torch.stack(tensors).float() for tensors in zip(*found, strict=True))
-        indices = [index for _, index in pairs]
-        class_indices_B = torch.tensor([self.class_indices[index] for index in indices])
-        return crossing, class_indices_B, [self.table.rows[index].image_path for index in indices]
+        view, indices = pairs[0][0] % len(self.caches), [index for _, index in pairs]
+        indices_B = torch.tensor(indices)
+        if (held := self._hold(view)) is not None:
+            crossing = tuple(tensor[indices_B] for tensor in held)
+        else:
+            rows = zip(*(self._row(view, index) for index in indices), strict=True)
+            crossing = tuple(torch.stack(tensors) for tensors in rows)
+        paths = [self.table.rows[index].image_path for index in indices]
+        return tuple(tensor.float() for tensor in crossing), self._class_indices_N[indices_B], paths
+
+    def _hold(self, view: int) -> tuple[torch.Tensor, ...] | None:
+        """Return what crosses for one view of all images, (N, …) as it is kept, or None where it is too much."""
+        if view not in self._held:
+            first = self._row(view, 0)
+            needed_bytes = len(self) * sum(tensor.nbytes for tensor in first)
+            self._held[view] = None
+            if needed_bytes <= self._room:
+                self._room -= needed_bytes
+                held = tuple(tensor.new_empty(len(self), *tensor.shape) for tensor in first)
+                for index in range(len(self)):
+                    for tensor, kept in zip(held, self._row(view, index) if index else first, strict=True):
+                        tensor[index] = kept
+                self._held[view] = held
+        return self._held[view]
 
     def _row(self, view: int, index: int) -> tuple[torch.Tensor, ...]:
         """Return what crosses for one view of one image, as it is kept."""
-        if held := self._held.get((view, index)):
-            return held
-        arrays = self.caches[view].get(self.table.rows[index].sha256)
-        assert arrays is not None  # the pass that filled the caches has read every row
-        row = tuple(torch.from_numpy(array.copy()) for array in arrays)
-        if self._room > 0:
-            self._room -= sum(tensor.nbytes for tensor in row)
-            self._held[view, index] = row
-        return row
+        arrays = present(self.caches[view].get(self.table.rows[index].sha256))
+        return tuple(torch.from_numpy(array.copy()) for array in arrays)
 
 
 def activation_datasets(

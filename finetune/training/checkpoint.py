@@ -10,6 +10,7 @@ import random
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class Checkpointer:
 
     def epoch_started(self, progress: Progress) -> None:
         """Save the start, which may turn out to be the best."""
-        if progress.global_step == 0:
+        if progress.is_new:
             self.save(progress)
 
     def step_ended(self, progress: Progress) -> None:
@@ -127,6 +128,7 @@ def write_state(run: RunFolder, learner: Learner, progress: Progress, *, identit
                 "format_number": FORMAT_NUMBER,
                 "progress": progress.to_json(),
                 "schedule": learner.schedule.state(),
+                "scaler": learner.accelerator.scaler.state_dict() if learner.accelerator.scaler else None,
                 "optimizer_groups": optimizer_groups,
                 "parts": learner.parts,
                 "identity": dict(identity),
@@ -148,7 +150,7 @@ def write_state(run: RunFolder, learner: Learner, progress: Progress, *, identit
     folder = _step_folder(run, progress.global_step)
     _place(folder, files)
     write_whole(run.checkpoints / POINTER, f"{folder.name}\n")
-    _prune(run.checkpoints, best_step=progress.best_step)
+    _prune(run.checkpoints)
 
 
 def read_state(run: RunFolder, reporter: Reporter) -> SavedState:
@@ -162,6 +164,8 @@ def read_state(run: RunFolder, reporter: Reporter) -> SavedState:
             return _verified(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reporter.warn(f"passed over the damaged training state {folder.name}: {error}")
+            with suppress(OSError):  # out of the way of the save that will have its name
+                folder.rename(folder.with_name(f".{folder.name}.damaged.part"))
     raise RunError(f"{run.path} holds no training state to resume from", "train anew with --overwrite")
 
 
@@ -185,6 +189,8 @@ def restore_state(state: SavedState, learner: Learner, *, is_longer: bool) -> Pr
         learner.schedule.catch_up(progress.global_step, first_rates)
     else:
         learner.schedule.restore(state.values["schedule"])
+    if learner.accelerator.scaler is not None and state.values["scaler"]:
+        learner.accelerator.scaler.load_state_dict(state.values["scaler"])
     _unpack_rng(state.rng)
     return progress
 
@@ -213,7 +219,7 @@ def _step_folder(run: RunFolder, step: int) -> Path:
 
 
 def _place(target: Path, files: Mapping[str, bytes]) -> None:
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part, old = (target.with_name(f".{target.name}.{os.getpid()}{kind}.part") for kind in ("", ".old"))
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir()
@@ -224,19 +230,26 @@ def _place(target: Path, files: Mapping[str, bytes]) -> None:
                 os.fsync(file.fileno())
         sync_folder(part)
         if target.exists():  # the same step saved again, as after an interrupt at an epoch's end
-            shutil.rmtree(target)
+            target.rename(old)
         part.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
         sync_folder(target.parent)
     except OSError:
         shutil.rmtree(part, ignore_errors=True)
         raise
 
 
-def _prune(folder: Path, *, best_step: int) -> None:
+def _prune(folder: Path) -> None:
+    """Delete all saves but the newest, and those that hold the best weights of one of these."""
     for part in folder.glob(".step-*.part"):  # of a process that was killed; the run folder's lock is ours
         shutil.rmtree(part, ignore_errors=True)
     saves = sorted(folder.glob("step-*"))
-    kept = {save.name for save in saves[-KEPT:]} | {f"step-{best_step:09d}"}
+    kept = set()
+    for newest in saves[-KEPT:]:
+        kept.add(newest.name)
+        with suppress(OSError, ValueError, KeyError):  # an older one that was damaged since leads nowhere
+            state = strict_json.parse((newest / "state.json").read_bytes())
+            kept.add(f"step-{state['progress']['best_step']:09d}")
     for old in saves:
         if old.name not in kept:
             shutil.rmtree(old, ignore_errors=True)

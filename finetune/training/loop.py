@@ -74,8 +74,11 @@ def run_epochs(
     sampler = loaders["train"].batch_sampler
     accelerator = learner.accelerator
     model, optimizer = accelerator.prepare(learner.model, learner.optimizer)
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # scores come in float32, as those of a saved model do
     train_batches, valid_batches = accelerator.prepare(loaders["train"], loaders["valid"])
-    learner.model, learner.optimizer = model, optimizer
+    learner.model = model
+    if accelerator.scaler is not None or accelerator.num_processes > 1:
+        learner.optimizer = optimizer  # else it adds nothing but time: it looks for a package at every step
     progress.epochs, progress.images_per_epoch = num_epochs, len(loaders["train"].dataset)  # type: ignore[arg-type]
 
     if not progress.has_started:
@@ -106,7 +109,7 @@ def run_epochs(
 
     if learner.averages_ends and progress.history.best_epoch and progress.epoch == num_epochs:
         _average_ends(learner, valid_batches, progress)
-    learner.model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    learner.model = accelerator.unwrap_model(model)
     learner.network.load_state_dict(progress.best_weights)
     learner.network.eval()
     learner.model.eval()

@@ -77,8 +77,14 @@ class Progress:
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     start_weights: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     stop_reason: str = ""
+    is_resumed: bool = False
     epochs: int = 0
     images_per_epoch: int = 0
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing has been learned, and nothing saved, so far."""
+        return self.global_step == 0 and not self.is_resumed
 
     @property
     def has_started(self) -> bool:
@@ -125,6 +131,7 @@ class Progress:
             history=History(**history),
             best_step=values["best_step"],
             best_weights=best_weights,
+            is_resumed=True,
         )
 
 

@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import clear_device_cache, should_reduce_batch_size
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DataLoaderConfiguration, clear_device_cache, convert_to_fp32, should_reduce_batch_size
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from finetune.data.dataset import Draft
 from finetune.errors import DivergedError, first_ten
-from finetune.models.device import as_inputs
+from finetune.models.device import as_inputs, resolve_device
 from finetune.runs.reporting import LoggingReporter, Reporter
 from finetune.training.mixing import Mix
 from finetune.training.objectives import main_output, total_loss
@@ -24,6 +26,18 @@ from finetune.training.schedules import Schedule
 # Shapes: B batch, C channels, H height, W width, K classes.
 
 LOWER_RATES = "train with a lower --learning-rate and --trunk-learning-rate, or with --max-grad-norm 1"
+
+
+def build_accelerator(device: torch.device, precision: str) -> Accelerator:
+    """Return accelerate's handle on the device, the number format of the training steps and the processes."""
+    if AcceleratorState._shared_state and PartialState().num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier training's choices bind for good otherwise
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="no" if precision == "fp32" else precision,
+        # Only pinned memory may be copied from while Python goes on: any other could be freed by then.
+        dataloader_config=DataLoaderConfiguration(non_blocking=device.type == "cuda"),
+    )
 
 
 @dataclass(kw_only=True)
@@ -40,7 +54,7 @@ class Learner:
     criterion: nn.Module
     optimizer: Optimizer
     schedule: Schedule
-    accelerator: Accelerator = field(default_factory=Accelerator)
+    accelerator: Accelerator = field(default_factory=lambda: build_accelerator(resolve_device("auto"), "fp32"))
     max_grad_norm: float = 0.0
     finish: Callable[[Sequence[Draft]], torch.Tensor] | None = None
     mix: Mix | None = None
@@ -94,7 +108,11 @@ def train_step(learner: Learner, batch: Sequence[Any], *, step: int = 1) -> tupl
                 raise
             torch.set_rng_state(generator)
         _halve_parts(learner)  # here, where the failed attempt's tensors are gone
-    norm = learner.accelerator.clip_grad_norm_(learner.learning_parameters(), learner.max_grad_norm or float("inf"))
+    parameters = learner.learning_parameters()
+    if learner.max_grad_norm:
+        norm = learner.accelerator.clip_grad_norm_(parameters, learner.max_grad_norm)
+    else:
+        norm = get_total_norm([each.grad for each in parameters if each.grad is not None])
     if norm is not None and learner.accelerator.scaler is None:  # a loss scaler skips such a step by itself
         _require_finite(norm, f"gradient norm of step {step}", learner, batch)
     learner.optimizer.step()
@@ -114,7 +132,9 @@ def _add_gradients(
     parts = min(learner.parts, len(targets))
     for *part, targets_B in zip(*(tensor.tensor_split(parts) for tensor in (*inputs, targets)), strict=True):
         with _lone_image_guard(learner.model, len(targets_B)):
-            outputs = learner.model(*part)
+            with learner.accelerator.autocast():
+                outputs = learner.model(*part)
+            outputs = convert_to_fp32(outputs)
             loss = total_loss(outputs, targets_B, learner.criterion)
         loss = loss * (_weight(learner.criterion, targets_B) / whole)
         _require_finite(loss, f"loss of step {step}", learner, batch)

@@ -16,7 +16,7 @@ class EpochRecorder:
 
     def epoch_started(self, progress: Progress) -> None:
         """Record the scores of the start, before the first epoch."""
-        if progress.global_step == 0:
+        if progress.is_new:
             history = progress.history
             self.run.record("start", {"valid_loss": history.start_loss, "valid_accuracy": history.start_accuracy})
 

@@ -14,17 +14,15 @@ from finetune.runs.row_store import open_store
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(fresh_cache: Path) -> Path:
     """A cache with a store of two rows and a download."""
-    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("FINETUNE_CACHE_GB", raising=False)
     with open_store("activations", {"title": "tf_efficientnet_lite0: activations behind blocks.5\nview 3"}) as store:
         store.put("0" * 64, bytes(40_000))
         store.put("1" * 64, bytes(40_000))
-    download = tmp_path / "cache" / "data" / "mnist" / "images.gz"
+    download = fresh_cache / "data" / "mnist" / "images.gz"
     download.parent.mkdir(parents=True)
     download.write_bytes(bytes(500))
-    return tmp_path / "cache"
+    return fresh_cache
 
 
 def test_the_list_is_a_table_with_a_total(finetune: Callable[..., Any], cache: Path) -> None:

@@ -38,9 +38,8 @@ JPEGS = {number: b"\xff\xd8\xff" + RNG.bytes(50) + b"\xff\xd9" for number in ran
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "data"
+def cache(fresh_cache: Path) -> Path:
+    return fresh_cache / "data"
 
 
 @pytest.fixture

@@ -28,10 +28,8 @@ SIZES = [(64, 48), (300, 400), (28, 28), (20, 31), (500, 60), (56, 56)]
 
 
 @pytest.fixture(autouse=True)
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("FINETUNE_CACHE_GB", raising=False)
-    return tmp_path / "cache"
+def cache_folder(fresh_cache: Path) -> Path:
+    return fresh_cache
 
 
 @pytest.fixture

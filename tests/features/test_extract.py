@@ -16,8 +16,8 @@ from finetune.data.listing import list_images
 from finetune.data.scan import scan_images
 from finetune.data.table import ImageTable
 from finetune.data.transforms import evaluation_transform, to_tensor, training_transform
-from finetune.errors import DataError
-from finetune.features.cache import View
+from finetune.errors import DataError, ModelError
+from finetune.features.cache import ActivationCache, View
 from finetune.features.cut import cut_model
 from finetune.features.extract import TrunkPass
 from finetune.features.trunk import Trunk, boundary_trunk, pooled_trunk
@@ -26,14 +26,11 @@ from finetune.models.initialize import Backbone, build_backbone
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import LoggingReporter
 
+pytestmark = pytest.mark.usefixtures("fresh_cache")
+
 CPU = torch.device("cpu")
 Begin = Callable[..., TrunkPass]
 LABELS = LabelMap.from_names(["a", "b"], {})
-
-
-@pytest.fixture(autouse=True)
-def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -264,3 +261,18 @@ def test_where_only_the_features_cross_the_pooled_cache_serves_the_boundary(back
     squeezenet = build_backbone("squeezenet", num_classes=2, use_pretrained=False)
     squeezenet.module.eval()
     assert not boundary(squeezenet, len(squeezenet.stages) - 1).is_pooled
+
+
+def test_numbers_that_float16_has_not_are_refused() -> None:
+    cache = ActivationCache(None, dtype="<f2")
+    with pytest.raises(ModelError, match=r"too large to be kept"):
+        cache.put("0" * 64, (np.full((2, 2), 7e4, dtype=np.float32),))
+
+
+def test_what_is_kept_in_memory_is_no_view_of_its_batch() -> None:
+    cache = ActivationCache(None, dtype="<f4")
+    batch_BND = np.ones((8, 197, 4), dtype=np.float32)
+    cache.put("0" * 64, (batch_BND[3, 0],))
+    kept = cache.get("0" * 64)
+    assert kept is not None
+    assert not np.shares_memory(kept[0], batch_BND)

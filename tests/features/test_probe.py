@@ -267,7 +267,8 @@ def test_class_with_one_image_is_solved_beside_others(dimensions: int) -> None:
 def test_one_image_of_one_of_two_classes(counts: list[int]) -> None:
     train = blobs(counts, dimensions=4, spread=0.1)
     probe = solve_probe(train, class_count=2, seed=0)
-    assert set(probe.predict(train.features_ND).tolist()) <= {0, 1}
+    assert probe.predict(train.features_ND).tolist() == train.class_indices_N.tolist()
+    assert np.isfinite(probe.weight_KD).all()
 
 
 def test_nothing_can_be_held_out_where_every_class_has_one_image() -> None:
@@ -282,7 +283,19 @@ def test_nothing_can_be_held_out_where_every_class_has_one_image() -> None:
 
 def test_small_classes_get_fewer_folds() -> None:
     train = blobs([2, 30], dimensions=4, spread=0.1)
-    assert solve_probe(train, class_count=2, seed=0).accuracy is not None
+    held_out_FN = probe_module._held_out(train.class_indices_N, 0)
+    assert held_out_FN.sum(axis=0).tolist() == [1] * 32
+    assert held_out_FN[:, :2].sum(axis=1).tolist() == [1, 1]
+    assert solve_probe(train, class_count=2, seed=0).accuracy == 1.0
+
+
+def test_classes_that_a_fold_cannot_know_do_not_choose_the_strength() -> None:
+    """Ten classes of one image each: every fold that holds one out is wrong about it, at any strength."""
+    train = blobs([20, 20, *[1] * 10], dimensions=30, spread=0.3)
+    weights_K = np.array([0.1, 0.1, *[3.0] * 10])
+    probe = solve_probe(train, class_count=12, seed=0, class_weights_K=weights_K)
+    assert probe.strength > STRENGTHS[0]
+    assert (probe.predict(train.features_ND) == train.class_indices_N).all()
 
 
 def test_summary_is_plain() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from finetune.errors import ConfigError
 from finetune.models.device import resolve_precision
 
 CPU = torch.device("cpu")
@@ -12,9 +13,15 @@ DEPTHWISE = nn.Sequential(DENSE, nn.Conv2d(512, 512, 3, groups=512))
 SMALL = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
 
 
-@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
 def test_a_format_that_was_asked_for_is_taken(name: str) -> None:
     assert resolve_precision(name, CPU, DEPTHWISE) == name
+
+
+def test_a_processor_has_no_fp16() -> None:
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        resolve_precision("fp16", CPU, DENSE)
+    assert resolve_precision("fp16", torch.device("cuda"), DENSE) == "fp16"
 
 
 @pytest.mark.parametrize(
@@ -31,5 +38,7 @@ def test_a_processor_takes_bf16_where_that_is_faster(
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "fp32")])
 def test_a_gpu_takes_bf16_where_it_has_it(has_bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16 or including_emulation
+    )
     assert resolve_precision("auto", torch.device("cuda"), DEPTHWISE) == expected

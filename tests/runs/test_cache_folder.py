@@ -27,11 +27,9 @@ SCAN = "0123456789abcdef" * 2 + ".json"
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(fresh_cache: Path) -> Path:
     """A cache folder that does not exist yet."""
-    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("FINETUNE_CACHE_GB", raising=False)
-    return tmp_path / "cache"
+    return fresh_cache
 
 
 def write(path: Path, content: str | bytes = "content", *, used: int | None = None) -> Path:

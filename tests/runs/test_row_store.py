@@ -30,11 +30,8 @@ MADE_BY = {"title": "rows of a test", "cut": 3, "shape": [2, 3]}
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of one's own, and rows that are a function of their number."""
-    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("FINETUNE_CACHE_GB", raising=False)
-    return tmp_path / "cache"
+def cache(fresh_cache: Path) -> Path:
+    return fresh_cache
 
 
 def key_of(number: int) -> str:
@@ -637,7 +634,17 @@ def test_a_deletion_is_seen_by_refresh() -> None:
         assert key_of(1) not in store
 
 
-def test_a_writer_whose_segment_was_deleted_begins_another() -> None:
+def test_a_writer_whose_segment_was_deleted_begins_another_at_once() -> None:
+    with opened() as store:
+        store.put(key_of(1), row_of(1))
+        clear_cache()
+        store.put(key_of(2), row_of(2))
+        assert store.write_error is None
+        assert check_all(store, range(3)) == {1, 2}  # this process can still read what it wrote
+        assert found(range(3)) == {2}
+
+
+def test_a_writer_that_sees_that_its_segment_was_deleted_begins_another() -> None:
     with opened() as store:
         store.put(key_of(1), row_of(1))
         clear_cache()
@@ -828,3 +835,13 @@ def test_whatever_happens_no_row_is_ever_wrong(steps: list[tuple[str, int]], see
         with opened(folder=folder) as store:
             assert check_all(store, range(10)) == set(range(10))
             assert store.damaged == 0
+
+
+def test_what_a_store_wrote_is_read_after_the_cache_was_cleared() -> None:
+    """Though it has read none of it before: a training reads a view of its images epochs after they were computed."""
+    store = opened()
+    for number in range(3):
+        store.put(key_of(number), row_of(number))
+    store.close()
+    clear_cache()
+    assert check_all(store, range(3)) == {0, 1, 2}

@@ -19,12 +19,10 @@ from finetune.errors import ConfigError, ModelError
 from finetune.features.cut import cut_model
 from finetune.models.freezing import freeze_stages
 from finetune.models.initialize import build_backbone
+from finetune.runs.cache_folder import clear_cache
 from finetune.training.boundary import Costs, measure_costs
 
-
-@pytest.fixture(autouse=True)
-def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("fresh_cache")
 
 
 @pytest.fixture
@@ -100,27 +98,62 @@ def test_views_are_taken_in_turn(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     train(folder, "views", boundary_cache="always", augmentation="light", views=2, epochs=3)
     assert computed[-3:] == [28, 28, 12]
-    losses = [event["train_loss"] for event in events(folder, "views") if event["event"] == "epoch"]
-    assert len(losses) == 3
+    read: list[int] = []
+    row = boundary_module.ActivationDataset._row
+    monkeypatch.setattr(
+        boundary_module.ActivationDataset,
+        "_row",
+        lambda self, view, index: (read.append(view) if len(self.caches) == 2 else None, row(self, view, index))[1],
+    )
+    train(folder, "again", boundary_cache="always", augmentation="light", views=2, epochs=3)
+    assert read == [0] * 28 + [1] * 28  # and held for the third epoch
+    monkeypatch.setattr(boundary_module, "HELD_BYTES", 0)
+    read.clear()
+    train(folder, "not held", boundary_cache="always", augmentation="light", views=2, epochs=3)
+    assert read == [0, *[0] * 28, 1, *[1] * 28, *[0] * 28]
+    again, not_held = last_weights(folder, "again"), last_weights(folder, "not held")
+    assert all(torch.equal(not_held[name], tensor) for name, tensor in again.items())
+
+
+def test_activations_that_find_no_room_are_refused_before_they_are_computed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUNE_CACHE_GB", "0.00001")
+    with pytest.raises(ConfigError, match="there is room for"):
+        train(folder, "cached", boundary_cache="always")
+
+
+def test_a_cache_that_is_cleared_while_it_is_read_does_no_harm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(folder, "whole", boundary_cache="always", augmentation="light", views=2)
+    datasets = boundary_module.activation_datasets
+    monkeypatch.setattr(
+        "finetune.training.batches.activation_datasets",
+        lambda *words, **options: (datasets(*words, **options), clear_cache())[0],
+    )
+    cut = train(folder, "cut", boundary_cache="always", augmentation="light", views=2)
+    assert all(torch.equal(cut[name], tensor) for name, tensor in whole.items())
 
 
 def test_a_head_trained_from_the_cache_leaves_the_body_untouched(folder: Path) -> None:
     options = {"scenario": "small-similar", "head_start": "random", "seed": 3}
-    trained = train(folder, "head", epochs=3, **options)
+    train(folder, "head", epochs=3, **options)
     start = train(folder, "start", epochs=0, **options)
+    trained = last_weights(folder, "head")
     changed = {name for name, tensor in trained.items() if not torch.equal(tensor, start[name])}
-    assert changed <= {"fc.weight", "fc.bias"}
+    assert changed == {"fc.weight", "fc.bias"}
 
 
 def test_a_resume_from_the_cache_gives_the_weights_of_a_training_in_one_go(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train(folder, "whole", boundary_cache="always", epochs=3, schedule="constant")
+    train(folder, "whole", boundary_cache="always", epochs=3, schedule="constant")
     train(folder, "parts", boundary_cache="always", epochs=1, schedule="constant")
-    run = finetune.train(output=folder.parent / "parts", resume=True, epochs=3)
-    resumed = load_file(run.folder / "model.safetensors")
+    begun = last_weights(folder, "parts")
+    finetune.train(output=folder.parent / "parts", resume=True, epochs=3)
+    whole, resumed = last_weights(folder, "whole"), last_weights(folder, "parts")
     for name, tensor in whole.items():
         assert torch.equal(resumed[name], tensor), name
+    assert not torch.equal(begun["fc.weight"], resumed["fc.weight"])
 
 
 def test_a_saved_model_predicts_what_was_scored(folder: Path) -> None:

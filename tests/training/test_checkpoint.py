@@ -18,7 +18,7 @@ from finetune.runs.folder import RunFolder
 from finetune.training import checkpoint
 from finetune.training.checkpoint import Checkpointer, read_state, restore_state
 from finetune.training.loop import run_epochs
-from finetune.training.progress import Progress
+from finetune.training.progress import History, Progress
 from finetune.training.step import Learner
 from tests.training.conftest import coloured_images
 
@@ -143,6 +143,23 @@ def test_a_damaged_save_is_passed_over_and_named(run: RunFolder, make_learner: C
     assert state.folder < newest
     assert newest.name in heard.said[0]
     assert "checksum" in heard.said[0]
+    assert restore_state(state, make_learner(), is_longer=False).epoch == 3
+    assert not newest.exists()  # nor will a later save take it for its own
+
+
+def test_the_best_of_the_save_before_is_kept_too(run: RunFolder, make_learner: Callable[..., Learner]) -> None:
+    """Else the newest could not be fallen back from, after an epoch that was the best."""
+    learner, progress = make_learner(), Progress(history=History(best_accuracy=0.1))
+    for step, best_step in ((0, 0), (10, 10), (20, 10), (30, 30)):
+        progress.global_step, progress.best_step = step, best_step
+        progress.best_weights = {name: tensor + best_step for name, tensor in learner.model.state_dict().items()}
+        if step == best_step:
+            learner.model.load_state_dict(progress.best_weights)
+        checkpoint.write_state(run, learner, progress, identity=IDENTITY)
+    assert sorted(folder.name[-2:] for folder in run.checkpoints.glob("step-*")) == ["10", "20", "30"]
+    (run.checkpoints / "step-000000030" / "state.json").write_text("{}")
+    restored = restore_state(read_state(run, Heard()), make_learner(), is_longer=False)  # type: ignore[arg-type]
+    assert (restored.global_step, restored.best_step) == (20, 10)
 
 
 def test_the_best_weights_survive_a_save_that_was_refused(run: RunFolder, make_learner: Callable[..., Learner]) -> None:

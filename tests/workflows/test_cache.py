@@ -16,12 +16,9 @@ from safetensors.torch import load_file
 from finetune.data.csv_files import read_csv
 from finetune.runs.cache_folder import list_cache
 
+pytestmark = pytest.mark.usefixtures("fresh_cache")
+
 Command = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
 
 
 def train(finetune: Command, data: Path, output: Path, *options: str) -> dict[str, Any]:

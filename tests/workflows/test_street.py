@@ -208,8 +208,10 @@ def test_an_interrupted_training_is_resumed_to_the_same_bits(
     straight = [*command[:5], "--output", str(whole), *options]
     for words in (resume, straight):
         subprocess.run(words, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    one, two = load_file(whole / "model.safetensors"), load_file(cut / "model.safetensors")
-    assert all((one[name] == two[name]).all() for name in one)
+    for file in ("model.safetensors", "checkpoints/step-*/model.safetensors"):  # the best epoch's, and the last's
+        one, two = (load_file(max(folder.glob(file))) for folder in (whole, cut))
+        assert all((one[name] == two[name]).all() for name in one)
+    assert [json.loads(line)["event"] for line in (cut / "metrics.jsonl").read_text().splitlines()].count("start") == 1
     epochs = [line for line in (cut / "metrics.jsonl").read_text().splitlines() if '"epoch"' in line[:20]]
     assert [json.loads(line)["epoch"] for line in epochs] == list(range(1, 21))
 
@@ -224,6 +226,9 @@ def test_a_resume_refuses_other_options_and_other_images(
     assert refused.code == 4
     assert "--seed was 0 and is 5" in refused.err
     assert "--weight-decay was 0.0005 and is 0.5" in refused.err
+    refused = finetune("train", "--output", run, "--resume", "--model", "resnet18", "--head", "log_softmax")
+    assert refused.code == 4
+    assert "--model was" in refused.err
     assert finetune("train", "--output", run, "--resume", "--epochs", "2", "--quiet").code == 0
     assert events(run)["epoch"]["epoch"] == 2
     assert yaml.safe_load((run / "config.yaml").read_text())["epochs"] == 2

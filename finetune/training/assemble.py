@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from timm.utils import ModelEmaV3
 
 from finetune.config.schema import OPTION_NAMES, TrainConfig
 from finetune.config.yaml_io import to_yaml
@@ -34,6 +35,7 @@ from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
 from finetune.training.batches import Batches, build_batches
 from finetune.training.checkpoint import SavedState, read_state, restore_state
+from finetune.training.mixing import Mix
 from finetune.training.objectives import balanced_class_weights, build_criterion
 from finetune.training.plan import Plan
 from finetune.training.progress import Progress

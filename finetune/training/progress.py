@@ -12,8 +12,8 @@ class History:
     """What happened, one value an epoch; losses are means over images (nats), accuracies lie in 0..1.
 
     `start_loss` and `start_accuracy` are the validation scores before the first epoch. `best_epoch` is the epoch,
-    counted from 1, whose weights are kept; 0 is the start. `ends_accuracy` is that of the mean of the start's weights and
-    those, where it was asked for; they are kept in their place if it is no lower.
+    counted from 1, whose weights are kept; 0 is the start. `ends_accuracy` is that of the mean of these and the start's
+    weights, where it was asked for; it is kept in their place if it is no worse.
     """
 
     train_loss: list[float] = field(default_factory=list)

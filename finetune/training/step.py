@@ -46,7 +46,8 @@ class Learner:
 
     `network` is the whole of which `model` may be the part above a cut; its weights are what is kept and saved.
     `finish` makes images of the drafts in a training batch, where batches hold drafts. `mix` blends images with each
-    other, `average` follows the weights; with `averages_ends` the mean of start and best is tried in the end. A batch is computed in `parts`, whose gradients are added up.
+    other, `average` follows the weights; with `averages_ends` the mean of start and best is tried in the end. A batch
+    is computed in `parts`, whose gradients are added up.
     """
 
     model: nn.Module

@@ -141,5 +141,5 @@ def test_a_mixed_batch_is_learned_from(make_learner: Callable[..., Learner]) -> 
 def test_a_mixed_batch_that_diverges_names_its_images(make_learner: Callable[..., Learner]) -> None:
     learner = make_learner()
     learner.mix = Mix(mixup=0.2, cutmix=0.0, class_count=3, seed=0)
-    with pytest.raises(DivergedError, match="7.png"):
+    with pytest.raises(DivergedError, match=r"7\.png"):
         train_step(learner, [IMAGES * float("nan"), CLASSES, [f"{number}.png" for number in range(11)]])

@@ -110,7 +110,9 @@ def assemble(config: TrainConfig, run: RunFolder, listing: Listing, reporter: Re
     freeze_stages(backbone.module, backbone.stages, len(plan.frozen_stages))
     if plan.batch_norm == "eval":
         hold_batch_norm(backbone.module)
-    batches = build_batches(config, plan, backbone, table, label_map, precision=precision, reporter=reporter)
+    batches = build_batches(
+        config, plan, backbone, table, label_map, device=device, precision=precision, reporter=reporter
+    )
     training_precision = resolve_precision(config.precision, device, batches.model)
     learner = _learner(config, backbone, plan, batches, build_accelerator(device, training_precision))
     job = Job(

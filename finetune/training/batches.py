@@ -58,12 +58,14 @@ def build_batches(
     table: ImageTable,
     label_map: LabelMap,
     *,
+    device: torch.device,
     precision: str,
     reporter: Reporter,
 ) -> Batches:
     """Build the loaders of a training that follows `plan`.
 
-    Frozen stages that are to run once do so here, on whatever the cache lacks, a GPU in `precision`.
+    Frozen stages that are to run once do so here, on whatever the cache lacks, a GPU in `precision`. It is left to a GPU
+    to make the random changes too, which take a CPU longer.
 
     Raises:
         ImageError, DataError: A file can no longer be read, or has changed.
@@ -93,7 +95,7 @@ def build_batches(
         seed=config.seed,
         pixels=pixels,
         pictures=pictures,
-        is_drafting=next(backbone.module.parameters()).device.type == "cuda",  # random changes take a CPU longer
+        is_drafting=device.type == "cuda",
     )
     workers = _workers(config, backbone, table, label_map) if pixels is None and plan.epochs else 0
     loaders = split_loaders(

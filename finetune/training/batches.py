@@ -64,8 +64,8 @@ def build_batches(
 ) -> Batches:
     """Build the loaders of a training that follows `plan`.
 
-    Frozen stages that are to run once do so here, on whatever the cache lacks, a GPU in `precision`. It is left to a GPU
-    to make the random changes too, which take a CPU longer.
+    Frozen stages that are to run once do so here, on whatever the cache lacks, a GPU in `precision`. Random changes are
+    left to a GPU, for they take a CPU longer.
 
     Raises:
         ImageError, DataError: A file can no longer be read, or has changed.

@@ -97,7 +97,7 @@ def build_batches(
         pictures=pictures,
         is_drafting=device.type == "cuda",
     )
-    workers = _workers(config, backbone, table, label_map) if pixels is None and plan.epochs else 0
+    workers = _workers(config, backbone, table, label_map, device) if pixels is None and plan.epochs else 0
     loaders = split_loaders(
         table, label_map, spec, batch_size=config.batch_size, workers=workers, pixels=pixels, pictures=pictures
     )
@@ -114,11 +114,12 @@ def _training_loader(config: TrainConfig, dataset: LabelledDataset, *, workers: 
     return training_loader(dataset, batch_size=config.batch_size, seed=config.seed, workers=workers, weights=weights_N)
 
 
-def _workers(config: TrainConfig, backbone: Backbone, table: ImageTable, label_map: LabelMap) -> int:
+def _workers(
+    config: TrainConfig, backbone: Backbone, table: ImageTable, label_map: LabelMap, device: torch.device
+) -> int:
     """Measure how many processes decode fast enough for the network, unless it was said."""
     if config.workers != "auto":
         return config.workers
-    device = next(backbone.module.parameters()).device
     was_training = backbone.module.training
     backbone.module.eval()
     workers = fastest_workers(

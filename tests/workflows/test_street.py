@@ -251,6 +251,8 @@ def test_a_resume_needs_no_weight_file_and_may_end_earlier(
     options = ("--model", "squeezenet", "--weights", weights, "--scenario", "large-similar", "--schedule", "one-cycle")
     assert finetune("train", coloured, "--output", run, *options, "--epochs", "2", *SMALL).code == 0
     assert yaml.safe_load((run / "config.yaml").read_text())["weights"] == str(weights)
+    again = os.path.relpath(weights)  # the same file in other words
+    assert finetune("train", "--output", run, "--resume", "--weights", again, "--quiet").code == 0
     weights.unlink()
     outcome = finetune("train", "--output", run, "--resume", "--epochs", "1", "--quiet")
     assert (outcome.code, outcome.err) == (0, "")

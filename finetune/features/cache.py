@@ -13,7 +13,7 @@ from finetune.data.jpeg import decoder_key
 from finetune.data.transforms import Augmentation
 from finetune.errors import ModelError, StorageError
 from finetune.features.engine import BATCH_SIZE
-from finetune.features.trunk import Trunk
+from finetune.features.trunk import Trunk, map_dtype
 from finetune.runs.cache_folder import cache_folder, is_inside
 from finetune.runs.row_store import RowStore, open_store
 
@@ -42,7 +42,7 @@ class View:
 class ActivationCache:
     """The activations of one cut of one network, by the SHA-256 of the image file.
 
-    Vectors are kept as float32, maps as float16: they are large, and what reads them was trained with more noise.
+    Vectors are kept as float32, maps in the format of `map_dtype`.
     What the disk refuses, or everything without a `store`, is kept in memory.
     """
 
@@ -110,7 +110,7 @@ def open_activations(
 
     Where the cache folder lies in `data_root`, among the user's images, everything stays in memory.
     """
-    dtype = "<f4" if trunk.is_pooled else "<f2"
+    dtype = "<f4" if trunk.is_pooled else map_dtype(trunk.backbone.module)
     made_by = {
         "title": trunk.title + (f", view {view.number} ({view.augmentation})" if view else ""),
         **trunk.key(),

@@ -12,6 +12,8 @@ from finetune.features.cut import Cut, feature_trunk
 from finetune.models.initialize import Backbone
 from finetune.models.stages import stage_tensors
 
+NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trunk:
@@ -52,6 +54,15 @@ class Trunk:
             "frozen_stages": [stage.name for stage in self.backbone.stages[: self.frozen]],
             "is_pooled": self.is_pooled,
         }
+
+
+def map_dtype(network: nn.Module) -> str:
+    """Return the number format for maps inside `network`: float16 if it normalises them, else float32.
+
+    Maps are large, and what reads them was trained with more noise than rounding. But without normalisation the errors
+    of a map reach the weights above it undiminished (tests/benchmarks/boundary_cache.py).
+    """
+    return "<f2" if any(isinstance(module, NORMALISATIONS) for module in network.modules()) else "<f4"
 
 
 def pooled_trunk(backbone: Backbone) -> Trunk:

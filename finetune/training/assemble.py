@@ -90,18 +90,11 @@ def assemble(config: TrainConfig, run: RunFolder, listing: Listing, reporter: Re
     with ExitStack() as stack:
         trunk_pass = None
         if saved is None and is_studied(config, backbone):
-            trunk_pass = stack.enter_context(
-                TrunkPass(
-                    pooled_trunk(backbone),
-                    data_root=listing.root,
-                    images=len(listing.rows),
-                    device=device,
-                    reporter=reporter,
-                    precision=precision,
-                )
-            )
+            trunk_pass = stack.enter_context(_pooled_pass(backbone, listing, device, precision, reporter))
         table, label_map = _images(config, run, listing, onlooker=trunk_pass, reporter=reporter)
         if saved:
+            if saved.values["identity"]["data_fingerprint"] != table.fingerprint():
+                raise RunError(f"{run.path} cannot be resumed: {OTHER_IMAGES}", ANEW)
             plan = _saved_plan(config, saved)
             backbone = replace(backbone, weights=saved.values["identity"]["pretrained_weights"])
             backbone.module.load_state_dict(saved.model)  # what frozen layers give is computed before all is restored
@@ -112,7 +105,9 @@ def assemble(config: TrainConfig, run: RunFolder, listing: Listing, reporter: Re
     freeze_stages(backbone.module, backbone.stages, len(plan.frozen_stages))
     if plan.batch_norm == "eval":
         hold_batch_norm(backbone.module)
-    batches = build_batches(config, plan, backbone, table, label_map, precision=precision, reporter=reporter)
+    batches = build_batches(
+        config, plan, backbone, table, label_map, device=device, precision=precision, reporter=reporter
+    )
     training_precision = resolve_precision(config.precision, device, batches.model)
     accelerator = build_accelerator(device, training_precision)
     learner = _learner(config, backbone, plan, batches, accelerator, reporter)
@@ -128,8 +123,6 @@ def assemble(config: TrainConfig, run: RunFolder, listing: Listing, reporter: Re
         progress=Progress(),
     )
     if saved:
-        if saved.values["identity"]["data_fingerprint"] != table.fingerprint():
-            raise RunError(f"{run.path} cannot be resumed: {OTHER_IMAGES}", ANEW)
         is_longer = plan.epochs > saved.values["identity"]["plan"]["epochs"]
         job.progress = restore_state(saved, learner, is_longer=is_longer)
         _forget_later_events(run, saved)
@@ -147,6 +140,19 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def _pooled_pass(
+    backbone: Backbone, listing: Listing, device: torch.device, precision: str, reporter: Reporter
+) -> TrunkPass:
+    return TrunkPass(
+        pooled_trunk(backbone),
+        data_root=listing.root,
+        images=len(listing.rows),
+        device=device,
+        reporter=reporter,
+        precision=precision,
+    )
 
 
 def _images(
@@ -297,7 +303,7 @@ def _absolute(path: Path | None) -> Path | None:
 
 def _fixed_options(config: TrainConfig) -> dict[str, Any]:
     values = {name: getattr(config, name) for name in OPTION_NAMES if name not in FREE_TO_CHANGE}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def _refuse_changes(config: TrainConfig, saved: SavedState, run: RunFolder) -> None:

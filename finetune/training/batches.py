@@ -58,12 +58,14 @@ def build_batches(
     table: ImageTable,
     label_map: LabelMap,
     *,
+    device: torch.device,
     precision: str,
     reporter: Reporter,
 ) -> Batches:
     """Build the loaders of a training that follows `plan`.
 
-    Frozen stages that are to run once do so here, on whatever the cache lacks, a GPU in `precision`.
+    Frozen stages that are to run once do so here, on whatever the cache lacks, a GPU in `precision`. Random changes are
+    left to a GPU, for they take a CPU longer.
 
     Raises:
         ImageError, DataError: A file can no longer be read, or has changed.
@@ -95,9 +97,9 @@ def build_batches(
         pixels=pixels,
         pictures=pictures,
         random_erasing=config.random_erasing,
-        is_drafting=next(backbone.module.parameters()).device.type == "cuda",  # random changes take a CPU longer
+        is_drafting=device.type == "cuda",
     )
-    workers = _workers(config, backbone, table, label_map) if pixels is None and plan.epochs else 0
+    workers = _workers(config, backbone, table, label_map, device) if pixels is None and plan.epochs else 0
     loaders = split_loaders(
         table, label_map, spec, batch_size=config.batch_size, workers=workers, pixels=pixels, pictures=pictures
     )
@@ -114,11 +116,12 @@ def _training_loader(config: TrainConfig, dataset: LabelledDataset, *, workers: 
     return training_loader(dataset, batch_size=config.batch_size, seed=config.seed, workers=workers, weights=weights_N)
 
 
-def _workers(config: TrainConfig, backbone: Backbone, table: ImageTable, label_map: LabelMap) -> int:
+def _workers(
+    config: TrainConfig, backbone: Backbone, table: ImageTable, label_map: LabelMap, device: torch.device
+) -> int:
     """Measure how many processes decode fast enough for the network, unless it was said."""
     if config.workers != "auto":
         return config.workers
-    device = next(backbone.module.parameters()).device
     was_training = backbone.module.training
     backbone.module.eval()
     workers = fastest_workers(

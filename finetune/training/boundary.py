@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -21,7 +22,7 @@ from finetune.errors import ConfigError, ModelError
 from finetune.features.cache import ActivationCache, View, present
 from finetune.features.cut import Cut, cut_model
 from finetune.features.extract import TrunkPass
-from finetune.features.trunk import Trunk
+from finetune.features.trunk import Trunk, map_dtype
 from finetune.models.device import as_inputs
 from finetune.models.initialize import Backbone
 from finetune.runs.cache_folder import cache_folder, cache_limit_bytes, is_inside
@@ -100,7 +101,7 @@ def measure_costs(cut: Cut, backbone: Backbone, table: ImageTable) -> Costs:
         decode_seconds=decode_seconds / count,
         trunk_seconds=trunk_seconds / count,
         rest_seconds=rest_seconds / count,
-        row_bytes=2 * sum(tensor[0].numel() for tensor in crossing),
+        row_bytes=np.dtype(map_dtype(backbone.module)).itemsize * sum(tensor[0].numel() for tensor in crossing),
     )
 
 

@@ -154,7 +154,7 @@ def write_state(run: RunFolder, learner: Learner, progress: Progress, *, identit
 
 
 def read_state(run: RunFolder, reporter: Reporter) -> SavedState:
-    """Read the newest save whose manifest verifies, saying which newer ones were rejected and why.
+    """Return the newest save whose manifest verifies; damaged ones are told, with the reason, and put out of the way.
 
     Raises:
         RunError: No save verifies.
@@ -189,8 +189,8 @@ def restore_state(state: SavedState, learner: Learner, *, is_longer: bool) -> Pr
         learner.schedule.catch_up(progress.global_step, first_rates)
     else:
         learner.schedule.restore(state.values["schedule"])
-    if learner.accelerator.scaler is not None and state.values["scaler"]:
-        learner.accelerator.scaler.load_state_dict(state.values["scaler"])
+    if learner.accelerator.scaler is not None and (scaler := state.values.get("scaler")):  # version 0.2.0 saved none
+        learner.accelerator.scaler.load_state_dict(scaler)
     _unpack_rng(state.rng)
     return progress
 

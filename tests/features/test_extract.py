@@ -20,7 +20,7 @@ from finetune.errors import DataError, ModelError
 from finetune.features.cache import ActivationCache, View
 from finetune.features.cut import cut_model
 from finetune.features.extract import TrunkPass
-from finetune.features.trunk import Trunk, boundary_trunk, pooled_trunk
+from finetune.features.trunk import Trunk, boundary_trunk, map_dtype, pooled_trunk
 from finetune.models.heads import head_module
 from finetune.models.initialize import Backbone, build_backbone
 from finetune.runs.records import LabelMap
@@ -253,6 +253,14 @@ def test_maps_are_kept_in_half_precision(trunk_pass: Begin, folder: Path, backbo
     (expected,) = trunk.module(transform(to_tensor(decode_image(table.path(table.rows[0]))))[None])
     assert kept[0].dtype == np.float16
     np.testing.assert_allclose(kept[0], expected[0].numpy(), rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype"),
+    [("resnet18", "<f2"), ("timm/test_vit", "<f2"), ("squeezenet", "<f4"), ("lenet5", "<f4")],
+)
+def test_maps_of_networks_that_do_not_normalise_keep_their_precision(model: str, dtype: str) -> None:
+    assert map_dtype(build_backbone(model, num_classes=2, use_pretrained=False).module) == dtype
 
 
 def test_where_only_the_features_cross_the_pooled_cache_serves_the_boundary(backbone: Backbone) -> None:

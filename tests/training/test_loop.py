@@ -16,7 +16,7 @@ from finetune.models.initialize import initialize_model
 from finetune.training.loop import run_epochs, train_model
 from finetune.training.progress import Progress
 from finetune.training.schedules import Schedule
-from finetune.training.step import Learner, train_step
+from finetune.training.step import Learner, build_accelerator, train_step
 from finetune.training.stopping import EarlyStopping
 
 
@@ -145,3 +145,16 @@ def test_flat_inputs_are_trained_too() -> None:
     )
     losses = [train_step(learner, batch)[0] for _ in range(5) for batch in batches]
     assert losses[-1] < losses[0]
+
+
+def test_steps_are_taken_in_bfloat16_and_scored_in_float32(
+    loaders: dict[str, Any], make_learner: Callable[..., Learner]
+) -> None:
+    learner = make_learner()
+    learner.accelerator = build_accelerator(torch.device("cpu"), "bf16")
+    seen: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+    learner.model.fc.register_forward_hook(lambda head, _, output: seen[head.training].add(output.dtype))
+    progress = Progress()
+    run_epochs(learner, loaders, 2, progress=progress)
+    assert seen == {True: {torch.bfloat16}, False: {torch.float32}}
+    assert progress.history.train_loss[-1] < progress.history.train_loss[0]

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from finetune.data.split import read_split_csv
+from finetune.models.initialize import build_backbone
 from finetune.runs.model_file import read_metadata
 from tests.workflows.conftest import COLOURS, NAMES, draw
 
@@ -240,6 +241,29 @@ def test_a_resume_refuses_other_options_and_other_images(
         target.write_bytes(image.read_bytes())
     draw(copied / "1" / "0.png", (250, 0, 0), seed=77)
     assert finetune("train", copied, "--output", run, "--resume").code == 4
+
+
+def test_a_resume_needs_no_weight_file_and_may_end_earlier(
+    coloured: Path, tmp_path: Path, finetune: Callable[..., Any]
+) -> None:
+    run, weights = tmp_path / "run", tmp_path / "squeezenet.safetensors"
+    save_file(build_backbone("squeezenet", num_classes=3, use_pretrained=False).module.state_dict(), weights)
+    options = ("--model", "squeezenet", "--weights", weights, "--scenario", "large-similar", "--schedule", "one-cycle")
+    assert finetune("train", coloured, "--output", run, *options, "--epochs", "2", *SMALL).code == 0
+    assert yaml.safe_load((run / "config.yaml").read_text())["weights"] == str(weights)
+    again = os.path.relpath(weights)  # the same file in other words
+    assert finetune("train", "--output", run, "--resume", "--weights", again, "--quiet").code == 0
+    weights.unlink()
+    outcome = finetune("train", "--output", run, "--resume", "--epochs", "1", "--quiet")
+    assert (outcome.code, outcome.err) == (0, "")
+
+
+def test_nearest_neighbours_take_class_weights_for_what_they_are(
+    coloured: Path, tmp_path: Path, finetune: Callable[..., Any]
+) -> None:
+    """They weigh the loss, and there is none."""
+    options = ("--head", "knn", "--imbalance", "class-weights", *SMALL)
+    assert finetune("train", coloured, "--output", tmp_path / "run", *options).code == 0
 
 
 @pytest.mark.photos

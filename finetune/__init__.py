@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         check,
         evaluate,
         explain,
+        find_learning_rate,
         inspect,
         list_models,
         load,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from finetune.prediction.classifier import Classifier
     from finetune.runs.cache_folder import CacheEntry, clear_cache, list_cache, prune_cache
     from finetune.runs.records import InputSpec, LabelMap, Prediction
+    from finetune.server.watch import watch_server
     from finetune.training.loop import train_model
     from finetune.training.progress import History
 
@@ -70,6 +72,7 @@ _HOMES = {
     "count_parameters": "finetune.models.anatomy",
     "evaluate": "finetune.api",
     "explain": "finetune.api",
+    "find_learning_rate": "finetune.api",
     "initialize_model": "finetune.models.initialize",
     "inspect": "finetune.api",
     "inspect_network": "finetune.models.anatomy",
@@ -83,6 +86,7 @@ _HOMES = {
     "to_dense": "finetune.models.dense",
     "train": "finetune.api",
     "train_model": "finetune.training.loop",
+    "watch_server": "finetune.server.watch",
     "write_data": "finetune.api",
 }
 
@@ -112,6 +116,7 @@ __all__ = [
     "count_parameters",
     "evaluate",
     "explain",
+    "find_learning_rate",
     "initialize_model",
     "inspect",
     "inspect_network",
@@ -125,6 +130,7 @@ __all__ = [
     "to_dense",
     "train",
     "train_model",
+    "watch_server",
     "write_data",
 ]
 

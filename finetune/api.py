@@ -1,9 +1,10 @@
 """The verbs: what a command does, the function of the same name does."""
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from finetune.advice.choose import Advice, choose
 from finetune.advice.measure import measure
 from finetune.config import TrainConfig, from_yaml, starting_point, with_options
 from finetune.data.check import Diagnosis, require_classes, require_trainable
-from finetune.data.listing import list_images
+from finetune.data.listing import Listing, list_images
 from finetune.data.named import WrittenData, write_named
 from finetune.data.read import read_images
 from finetune.data.scan import require_few_bad
@@ -30,13 +31,16 @@ from finetune.prediction.batch import find_inputs, predict_many
 from finetune.prediction.classifier import Classifier, load_classifier
 from finetune.prediction.dense import Explanation, explain_image, over_whole_pictures
 from finetune.prediction.evaluate import Evaluation, SplitChoice, choose_split, evaluate_table
+from finetune.report.charts import draw_rate_sweep
 from finetune.report.class_map import draw_class_map, require_new_picture
 from finetune.report.plots import write_plots
 from finetune.runs.cache_folder import clear_cache, list_cache, prune_cache  # noqa: F401 (verbs as they are)
 from finetune.runs.folder import RunFolder, next_free_folder, open_run
 from finetune.runs.records import FailedPrediction, Prediction
 from finetune.runs.reporting import LoggingReporter, Reporter
+from finetune.server.watch import watch_server  # noqa: F401 (a verb as it is)
 from finetune.training.assemble import assemble, seed_everything
+from finetune.training.rate_finder import RateSweep, sweep_rates
 from finetune.training.run import run_job
 from finetune.training.study import study_images
 
@@ -61,6 +65,7 @@ def train(
     *,
     config: TrainConfig | None = None,
     reporter: Reporter | None = None,
+    began: float | None = None,
     **options: object,
 ) -> Run:
     """Train a classifier on a folder or CSV of labelled images and leave a run folder.
@@ -69,18 +74,62 @@ def train(
         data: What to train on; may stand in `config` instead.
         config: Where the options start from; the defaults without one, the run's own config with `resume=True`.
         reporter: Shows messages and progress; by default they go to the logger "finetune".
+        began: When a `budget` began to run, by time.monotonic(); by default now.
         options: Any field of `TrainConfig`, by name.
 
     Raises:
         ConfigError, DataError, ModelError, RunError: Something given cannot be used; the message says what to do.
         DivergedError: The loss is no longer finite.
     """
+    reporter, began = reporter or LoggingReporter(), began or time.monotonic()
+    with _opened_run(_whole_config(data, config, options)) as (whole, listing, run):
+        job = assemble(whole, run, listing, reporter, began=began)
+        with closing(job):
+            metrics = run_job(job, reporter)
+        write_plots(run, job.table.root)
+    return Run(run.path, metrics)
+
+
+def find_learning_rate(
+    data: Pathlike | None = None,
+    *,
+    config: TrainConfig | None = None,
+    reporter: Reporter | None = None,
+    **options: object,
+) -> RateSweep:
+    """Sweep the learning rate of the training that `train` would do, without doing it, and draw what was found.
+
+    The run folder gets plots/learning_rates.png beside what `train` writes before its first step.
+
+    Args:
+        data: What to train on; may stand in `config` instead.
+        config: Where the options start from; the defaults without one.
+        reporter: Shows messages and progress; by default they go to the logger "finetune".
+        options: Any field of `TrainConfig`, by name.
+
+    Raises:
+        ConfigError, DataError, ModelError, RunError: Something given cannot be used; the message says what to do.
+    """
     reporter = reporter or LoggingReporter()
+    with _opened_run(_whole_config(data, config, options)) as (whole, listing, run):
+        with closing(assemble(whole, run, listing, reporter, began=time.monotonic())) as job:
+            sweep = sweep_rates(job.learner, job.batches.loaders, reporter=reporter)
+        run.record("rate_sweep", asdict(sweep))
+        draw_rate_sweep(sweep.rates, sweep.losses, run.plots / "learning_rates.png", suggestion=sweep.suggestion)
+    return sweep
+
+
+def _whole_config(data: Pathlike | None, config: TrainConfig | None, options: dict[str, object]) -> TrainConfig:
     if data is not None:
         options["data"] = data
     if config is None and options.get("resume") and options.get("output"):
         config = from_yaml(RunFolder(Path(str(options["output"]))).config)
-    config = with_options(config or starting_point(options.get("model")), options)
+    return with_options(config or starting_point(options.get("model")), options)
+
+
+@contextmanager
+def _opened_run(config: TrainConfig) -> Iterator[tuple[TrainConfig, Listing, RunFolder]]:
+    """List the images and open the run folder, named in the config then, while it is written to."""
     if not config.data:
         raise ConfigError("no DATA to train on", "name a folder or CSV of labelled images")
     listing = list_images(Path(config.data))  # before anything is made or emptied for it
@@ -90,11 +139,7 @@ def train(
     if Path(config.data).is_dir() and config.output.resolve().is_relative_to(listing.root.resolve()):
         raise ConfigError(f"the run folder {config.output} lies inside DATA", "name an --output outside of it")
     with open_run(config.output, resume=config.resume, overwrite=config.overwrite) as run:
-        job = assemble(config, run, listing, reporter)
-        with closing(job.batches):
-            metrics = run_job(job, reporter)
-        write_plots(run, job.table.root)
-    return Run(config.output, metrics)
+        yield config, listing, run
 
 
 def load(path: Pathlike, *, device: str = "auto") -> Classifier:

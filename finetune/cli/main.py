@@ -11,6 +11,7 @@ from typing import NoReturn
 
 COMMANDS = {
     "train": "train a classifier on a folder of labelled images",
+    "watch": "show the curves of runs in a browser, while they train",
     "predict": "name what is on images",
     "evaluate": "score a trained model on labelled images",
     "explain": "draw where on a picture a model sees its class",

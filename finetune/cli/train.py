@@ -1,6 +1,7 @@
 """`finetune train`: from a folder of labelled images to a run folder."""
 
 import argparse
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,19 +20,25 @@ class TrainOptions(TrainConfig):
     """Named set of options to start from; by default the one that bears the name of the model, if there is one."""
     config: OptionalFile = None
     """YAML file of options to start from, such as the config.yaml of another run; the flags given change it."""
+    find_learning_rate: bool = False
+    """Do not train: try rising rates for a hundred steps, draw the loss over the rate and suggest one."""
 
 
 def run(words: list[str], reporter: ConsoleReporter) -> int:
     """Train and print the scores."""
+    began = time.monotonic()
     start = TrainOptions(**vars(starting_config(words)))
     options = parse(TrainOptions, words, command="train", default=start)
     config = TrainConfig(**{name: getattr(options, name) for name in OPTION_NAMES})
     if not config.data:
         raise ConfigError("no DATA to train on", "name a folder or CSV of labelled images: finetune train DATA")
 
+    if options.find_learning_rate:
+        return _find_learning_rate(config, reporter)
+
     from finetune.api import train
 
-    finished = train(config=config, reporter=reporter)
+    finished = train(config=config, reporter=reporter, began=began)
     scores = finished.metrics
     print_table(
         ["split", "images", "accuracy", "95 % interval", "balanced accuracy", "macro F1"],
@@ -49,6 +56,18 @@ def run(words: list[str], reporter: ConsoleReporter) -> int:
     )
     print(finished.folder)
     reporter.say(f"Now try: finetune predict {finished.folder} IMAGE")
+    return 0
+
+
+def _find_learning_rate(config: TrainConfig, reporter: ConsoleReporter) -> int:
+    from finetune.api import find_learning_rate
+
+    sweep = find_learning_rate(config=config, reporter=reporter)
+    if sweep.suggestion is None:
+        reporter.warn("the loss falls at no rate: there is nothing to suggest; a solved head has nothing to learn.")
+        return 0
+    print(f"{sweep.suggestion:g}")
+    reporter.say(f"The loss falls fastest there. Now try --learning-rate {sweep.suggestion:g}")
     return 0
 
 

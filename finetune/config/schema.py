@@ -1,7 +1,7 @@
 """Every option of a training run on one page; the flags, the YAML and the Python arguments derive from it."""
 
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from finetune.config.durations import parse_seconds
+from finetune.config.phases import parse_phases
 from finetune.errors import ConfigError, first_ten, nearest
 
 Auto = Literal["auto"]
@@ -82,8 +84,15 @@ class TrainConfig:
     cutmix: float = 0.0
     """Put a piece of another training image into every one; the alpha of CutMix (Yun 2019, arXiv 1905.04899), usually
     1; 0 does not. With --mixup either comes at random."""
+    phases: str = ""
+    """Train in phases, each from the best weights so far: "head:5,all:10:0.1" is 5 epochs of the head, then 10 of all
+    layers at a tenth of the rates; top2 stands for the head and two stages below it, gradual:2 frees one stage more
+    every 2 epochs (Howard 2018, arXiv 1801.06146). Takes the place of what the scenario freezes, and of --epochs."""
     epochs: int | Auto = "auto"
     """Passes over the training images; auto is 0 where the solved head is all that learns."""
+    budget: str = ""
+    """Time that the whole run may take, such as 90s, 10m or 2h: the first steps are measured, epochs and, where that is
+    "auto", image size are made to fit, and the best so far is there in time."""
     batch_size: int = 32
     """Images a step; 32 keeps BatchNorm's statistics usable and the memory of a laptop free."""
     gradient_accumulation: int = 1
@@ -175,6 +184,13 @@ class TrainConfig:
             f"--max-grad-norm must be 0 or more, got {self.max_grad_norm}": not 0 <= self.max_grad_norm < float("inf"),
             f"--label-smoothing must be 0 to below 1, got {self.label_smoothing}": not 0 <= self.label_smoothing < 1,
             f"--workers must be 0 or more, got {self.workers}": self.workers != "auto" and self.workers < 0,
+            f"--phases: {_fault(parse_phases, self.phases)}": bool(_fault(parse_phases, self.phases)),
+            f"--budget: {_fault(parse_seconds, self.budget)}": bool(_fault(parse_seconds, self.budget)),
+            "--budget plans the epochs of one phase, not of several --phases": bool(self.budget and self.phases),
+            "--phases says how many epochs there are and what learns: leave out --epochs, --feature-extract and --head "
+            "knn": bool(self.phases)
+            and not self.resume
+            and (self.epochs != "auto" or self.feature_extract or self.head == "knn"),
             "--resume and --overwrite exclude each other": self.resume and self.overwrite,
             "--label-smoothing needs --head logits and --loss cross-entropy": self.label_smoothing > 0
             and (self.head != "logits" or self.loss == "hinge"),
@@ -194,6 +210,16 @@ class TrainConfig:
             and self.weights is not None,
             "--resume needs --output, the run folder to go on with": self.resume and self.output is None,
         }
+
+
+def _fault(parse: Callable[[str], object], text: str) -> str:
+    """Return why `parse` refuses `text`, nothing if it does not or there is none."""
+    try:
+        if text:
+            parse(text)
+    except ConfigError as error:
+        return f"{error.message}; {error.hint}"
+    return ""
 
 
 def _is_auto_or_positive(value: float | Auto) -> bool:

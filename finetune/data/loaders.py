@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from finetune.data.picture_cache import PictureCache
 from finetune.data.pixels import HeldDataset, HeldPixels
 from finetune.data.table import SPLITS, ImageTable
 from finetune.data.transforms import Augmentation
-from finetune.errors import ImageError
+from finetune.errors import DataError, ImageError
 from finetune.runs.records import InputSpec, LabelMap
 
 WORTH_MEASURING = 1_000  # images; below, starting workers and timing them costs more than they save
 MEASURED_BATCHES = 4
+HUNG_SECONDS = 120.0  # without a batch, after which a process that decodes counts as hung
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
@@ -65,24 +67,10 @@ def labelled_dataset(
     seed: int = 0,
     pixels: HeldPixels | None = None,
     pictures: PictureCache | None = None,
-    is_drafting: bool = False,
-    random_erasing: float = 0.0,
 ) -> LabelledDataset:
-    """Return the images of `table` as a data set: out of `pixels`, where they are held, or `pictures`, or the files.
-
-    `is_drafting` and `random_erasing` are for pictures that are not held: see `ImageDataset`.
-    """
+    """Return the images of `table` as a data set: out of `pixels`, where they are held, or `pictures`, or the files."""
     if pixels is None:
-        return ImageDataset(
-            table,
-            label_map,
-            spec=input_spec,
-            augmentation=augmentation,
-            seed=seed,
-            pictures=pictures,
-            is_drafting=is_drafting,
-            random_erasing=random_erasing,
-        )
+        return ImageDataset(table, label_map, spec=input_spec, augmentation=augmentation, seed=seed, pictures=pictures)
     return HeldDataset(table, label_map, pixels=pixels, spec=input_spec, augmentation=augmentation, seed=seed)
 
 
@@ -134,6 +122,24 @@ def readable(batches: Iterable[Batch | ImageError]) -> Iterator[Batch]:
         yield batch
 
 
+@contextmanager
+def worker_faults() -> Iterator[None]:
+    """Say in plain words that a process that decodes images died or hangs: torch says so wherever Python just is.
+
+    Raises:
+        DataError: One did.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader "):
+            raise
+        raise DataError(
+            f"a process that decodes images gave up: {str(error).splitlines()[0]}",
+            "a killed one often means that memory ran out: go on with --resume and fewer --workers, or 0",
+        ) from error
+
+
 def fastest_workers(dataset: LabelledDataset, *, batch_size: int, consume: Callable[[Any], object]) -> int:
     """Measure how many loader processes feed `consume`, the work done on each batch, at the highest rate.
 
@@ -167,6 +173,7 @@ def _loader(dataset: Any, workers: int, **options: Any) -> DataLoader[Any]:
         dataset,
         num_workers=workers,
         persistent_workers=workers > 0,
+        timeout=HUNG_SECONDS if workers else 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else every epoch draws from the global generator that dropout lives on
         collate_fn=_collate,

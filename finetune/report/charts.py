@@ -267,6 +267,35 @@ def _plot_learning_rate(axes: Axes, rates: Sequence[float]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
 
 
+def draw_rate_sweep(rates: Sequence[float], losses: Sequence[float], path: Path, *, suggestion: float | None) -> None:
+    """Write the sweep of `rate_sweep_figure` as a PNG file at `path`."""
+    save_figure(rate_sweep_figure(rates, losses, suggestion=suggestion), path)
+
+
+def rate_sweep_figure(rates: Sequence[float], losses: Sequence[float], *, suggestion: float | None) -> Figure:
+    """Build the loss over the learning rate, on a logarithmic scale, with the suggested rate marked.
+
+    Args:
+        rates: Rising, above 0.
+        losses: The smoothed loss (nats) at each of `rates`.
+        suggestion: One of `rates`, about; None marks nothing.
+    """
+    with style():
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(rates, losses, color=BLUE)
+        axes.set_xscale("log")
+        axes.set_xlabel("learning rate of the head")
+        axes.set_title("training loss while the rate rises")
+        axes.grid(visible=True, axis="y")
+        if losses:
+            axes.set_ylim(top=max(losses[0], *losses[: max(len(losses) // 2, 1)]) * 1.3)
+        if suggestion is not None:
+            axes.axvline(suggestion, color=ORANGE, linewidth=1.2, label=f"falls fastest: {suggestion:g}")
+            axes.legend(fontsize=8)
+    return figure
+
+
 def _write_counts(axes: Axes, counts_KK: npt.NDArray[Any], shares_KK: npt.NDArray[np.float64]) -> None:
     """Write every count that is not zero into its cell, white on dark cells."""
     points = 9 if len(counts_KK) <= 10 else 7.5

@@ -2,15 +2,14 @@
 
 import random
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from timm.utils import ModelEmaV3
 
+from finetune.config.durations import parse_seconds
 from finetune.config.schema import OPTION_NAMES, TrainConfig
 from finetune.config.yaml_io import to_yaml
 from finetune.data.check import require_trainable
@@ -19,31 +18,27 @@ from finetune.data.read import read_images
 from finetune.data.scan import Onlooker, write_bad_files
 from finetune.data.split import apply_split, split_table, write_split_csv
 from finetune.data.table import ImageTable
-from finetune.errors import RunError
+from finetune.errors import ModelError, RunError
 from finetune.features.extract import TrunkPass
 from finetune.features.trunk import pooled_trunk
 from finetune.models.device import resolve_device, resolve_precision
-from finetune.models.freezing import freeze_stages, hold_batch_norm
-from finetune.models.heads import head_module
 from finetune.models.initialize import Backbone, build_backbone
 from finetune.models.neighbours import require_vectors
-from finetune.models.param_groups import parameter_groups
 from finetune.runs import strict_json
 from finetune.runs.environment import describe_environment
 from finetune.runs.folder import RunFolder, write_whole
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
-from finetune.training.batches import Batches, build_batches
+from finetune.training.batches import Batches
+from finetune.training.budget import Budget, measure_pace
 from finetune.training.checkpoint import SavedState, read_state, restore_state
-from finetune.training.mixing import Mix
-from finetune.training.objectives import balanced_class_weights, build_criterion
-from finetune.training.plan import Plan
+from finetune.training.phase import build_learner, freeze_and_load
+from finetune.training.plan import Plan, phases_text
 from finetune.training.progress import Progress
-from finetune.training.schedules import build_schedule
 from finetune.training.start import is_studied, start_network
-from finetune.training.step import Learner, build_accelerator
+from finetune.training.step import Learner
 
-FREE_TO_CHANGE = frozenset({"data", "output", "overwrite", "resume", "epochs", "workers", "device"})
+FREE_TO_CHANGE = frozenset({"data", "output", "overwrite", "resume", "epochs", "budget", "workers", "device"})
 """Options that a resume may be given anew."""
 OTHER_IMAGES = "the images are not those that training began with"
 ANEW = "train anew with another --output"
@@ -51,30 +46,93 @@ ANEW = "train anew with another --output"
 
 @dataclass(kw_only=True)
 class Job:
-    """Everything a training works with, ready to run."""
+    """Everything a training works with, ready to run; batches and learner are those of the phase it is in."""
 
     config: TrainConfig
     run: RunFolder
     table: ImageTable
     label_map: LabelMap
     backbone: Backbone
-    plan: Plan
-    learner: Learner
-    batches: Batches
-    progress: Progress
+    plans: tuple[Plan, ...]
+    """One for each phase."""
+    device: torch.device
+    reporter: Reporter
+    budget: Budget | None = None
+    progress: Progress = field(default_factory=Progress)
+    batches: Batches = field(init=False)
+    learner: Learner = field(init=False)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the phase that training is in."""
+        return self.plans[self.progress.phase]
+
+    @property
+    def is_last_phase(self) -> bool:
+        """Whether no phase follows."""
+        return self.progress.phase == len(self.plans) - 1
+
+    def enter_phase(self) -> None:
+        """Build batches and learner for the phase of `progress`.
+
+        Raises:
+            ImageError, DataError: A file can no longer be read, or has changed.
+        """
+        self.close()
+        self.batches = freeze_and_load(
+            self.config,
+            self.plan,
+            self.backbone,
+            self.table,
+            self.label_map,
+            device=self.device,
+            reporter=self.reporter,
+        )
+        self.learner = self._build_learner()
+
+    def fit_budget(self) -> None:
+        """Plan as many epochs as there is time for, by the pace of the first steps.
+
+        Raises:
+            ImageError, DataError: A file can no longer be read, or has changed.
+        """
+        if self.budget is None or self.plan.epochs == 0:
+            return
+        pace = measure_pace(self.learner, self.batches.loaders)
+        epochs = self.budget.epochs(pace, most=self.plan.epochs)
+        self.reporter.say(
+            f"Budget of {self.budget.seconds:.0f} s: {epochs} of {self.plan.epochs} epochs of {pace.later_epoch:.1f} s "
+            f"at {self.backbone.input_spec.image_size_px} px; {self.budget.left:.0f} s are left."
+        )
+        self.plans = (replace(self.plan, epochs=epochs),)
+        self.learner = self._build_learner()
+
+    def _build_learner(self) -> Learner:
+        learner = build_learner(
+            self.config, self.plan, self.backbone, self.batches, device=self.device, reporter=self.reporter
+        )
+        learner.averages_ends &= self.is_last_phase
+        return learner
+
+    def close(self) -> None:
+        """End writing to the cache."""
+        if hasattr(self, "batches"):
+            self.batches.close()
 
     def identity(self) -> dict[str, Any]:
         """Return what a resume must find unchanged."""
         return {
             "options": _fixed_options(self.config),
-            "plan": asdict(self.plan),  # epochs among it, so that a longer training is noticed
+            "plans": [asdict(plan) for plan in self.plans],  # epochs among it, so that a longer training is noticed
             "data_fingerprint": self.table.fingerprint(),
             "pretrained_weights": self.backbone.weights,
         }
 
 
-def assemble(config: TrainConfig, run: RunFolder, listing: Listing, reporter: Reporter) -> Job:
+def assemble(config: TrainConfig, run: RunFolder, listing: Listing, reporter: Reporter, *, began: float) -> Job:
     """Turn `config` into a job on the images of `listing`: a new one, or the one that `resume` goes on with.
+
+    `began` is when its budget, if it has one, began to run, by time.monotonic().
 
     Raises:
         ConfigError, DataError, ModelError: The options, the images or the network cannot be used.
@@ -82,57 +140,108 @@ def assemble(config: TrainConfig, run: RunFolder, listing: Listing, reporter: Re
     """
     device = resolve_device(config.device)
     seed_everything(config.seed)
-    saved = read_state(run, reporter) if config.resume else None
-    if saved:
-        _refuse_changes(config, saved, run)
-    backbone = _network(config, listing, device, is_filled_later=saved is not None)
-    precision = resolve_precision(config.precision, device, backbone.module)
+    budget = Budget(parse_seconds(config.budget), began=began) if config.budget else None
+    if config.resume:
+        job, saved = _saved_job(config, run, listing, device, reporter)
+        job.budget = budget
+        job.enter_phase()
+        saved_plan = saved.values["identity"]["plans"][job.progress.phase]
+        job.progress = restore_state(saved, job.learner, is_longer=job.plan.epochs > saved_plan["epochs"])
+        _forget_later_events(run, saved)
+    else:
+        job = _new_job(config, run, listing, device, reporter, budget=budget)
+        job.enter_phase()
+        job.fit_budget()
+        environment = describe_environment(
+            device=str(device),
+            threads=torch.get_num_threads(),
+            precision=resolve_precision(config.precision, device, job.batches.model),
+            seed=config.seed,
+        )
+        write_whole(run.environment, strict_json.dump(environment, indent=1))
+    job.config = _resolved(config, job)
+    write_whole(run.config, to_yaml(job.config))
+    return job
+
+
+def _new_job(
+    config: TrainConfig,
+    run: RunFolder,
+    listing: Listing,
+    device: torch.device,
+    reporter: Reporter,
+    *,
+    budget: Budget | None,
+) -> Job:
+    backbone = _network(config, listing, device)
+    if budget and config.image_size == "auto":
+        backbone = _in_time(config, listing, backbone, budget, device)
     with ExitStack() as stack:
         trunk_pass = None
-        if saved is None and is_studied(config, backbone):
+        if is_studied(config, backbone):
+            precision = resolve_precision(config.precision, device, backbone.module)
             trunk_pass = stack.enter_context(_pooled_pass(backbone, listing, device, precision, reporter))
         table, label_map = _images(config, run, listing, onlooker=trunk_pass, reporter=reporter)
-        if saved:
-            if saved.values["identity"]["data_fingerprint"] != table.fingerprint():
-                raise RunError(f"{run.path} cannot be resumed: {OTHER_IMAGES}", ANEW)
-            plan = _saved_plan(config, saved)
-            backbone = replace(backbone, weights=saved.values["identity"]["pretrained_weights"])
-            backbone.module.load_state_dict(saved.model)  # what frozen layers give is computed before all is restored
-        else:
-            plan = start_network(config, run, backbone, table, label_map, trunk_pass=trunk_pass, reporter=reporter)
-    if plan.start == "fresh" and backbone.is_pretrained:
+        plans = start_network(config, run, backbone, table, label_map, trunk_pass=trunk_pass, reporter=reporter)
+    if plans[0].start == "fresh" and backbone.is_pretrained:
         backbone = _network(config, listing, device, is_filled_later=True)
-    freeze_stages(backbone.module, backbone.stages, len(plan.frozen_stages))
-    if plan.batch_norm == "eval":
-        hold_batch_norm(backbone.module)
-    batches = build_batches(
-        config, plan, backbone, table, label_map, device=device, precision=precision, reporter=reporter
-    )
-    training_precision = resolve_precision(config.precision, device, batches.model)
-    accelerator = build_accelerator(device, training_precision)
-    learner = _learner(config, backbone, plan, batches, accelerator, reporter)
-    job = Job(
-        config=_resolved(config, plan, backbone, batches.workers),
+    return Job(
+        config=config,
         run=run,
         table=table,
         label_map=label_map,
         backbone=backbone,
-        plan=plan,
-        learner=learner,
-        batches=batches,
-        progress=Progress(),
+        plans=plans,
+        device=device,
+        reporter=reporter,
+        budget=budget,
     )
-    if saved:
-        is_longer = plan.epochs > saved.values["identity"]["plan"]["epochs"]
-        job.progress = restore_state(saved, learner, is_longer=is_longer)
-        _forget_later_events(run, saved)
-    else:
-        environment = describe_environment(
-            device=str(device), threads=torch.get_num_threads(), precision=training_precision, seed=config.seed
-        )
-        write_whole(run.environment, strict_json.dump(environment, indent=1))
-    write_whole(run.config, to_yaml(job.config))
-    return job
+
+
+def _in_time(
+    config: TrainConfig, listing: Listing, backbone: Backbone, budget: Budget, device: torch.device
+) -> Backbone:
+    """Return the network for images as large as there is time for."""
+    spec = backbone.input_spec
+    size_px = budget.image_size(
+        backbone.module,
+        size_px=spec.image_size_px,
+        channels=spec.channels,
+        images=len(listing.rows),
+        device=device,
+    )
+    if size_px == spec.image_size_px:
+        return backbone
+    try:
+        return _network(replace(config, image_size=size_px), listing, device)
+    except ModelError:
+        return backbone  # it takes images of one size only
+
+
+def _saved_job(
+    config: TrainConfig, run: RunFolder, listing: Listing, device: torch.device, reporter: Reporter
+) -> tuple[Job, SavedState]:
+    """Return the job that `run` holds, with the weights of its last save but nothing else restored yet."""
+    saved = read_state(run, reporter)
+    identity = saved.values["identity"]
+    _refuse_changes(config, identity["options"], run)
+    backbone = _network(config, listing, device, is_filled_later=True)
+    table, label_map = _images(config, run, listing, onlooker=None, reporter=reporter)
+    if identity["data_fingerprint"] != table.fingerprint():
+        raise RunError(f"{run.path} cannot be resumed: {OTHER_IMAGES}", ANEW)
+    backbone.module.load_state_dict(saved.model)  # what frozen layers give is computed before all is restored
+    job = Job(
+        config=config,
+        run=run,
+        table=table,
+        label_map=label_map,
+        backbone=replace(backbone, weights=identity["pretrained_weights"]),
+        plans=_saved_plans(config, identity["plans"]),
+        device=device,
+        reporter=reporter,
+        progress=Progress(phase=saved.values["progress"]["phase"]),
+    )
+    return job, saved
 
 
 def seed_everything(seed: int) -> None:
@@ -178,7 +287,7 @@ def _images(
     return table, images.label_map
 
 
-def _network(config: TrainConfig, listing: Listing, device: torch.device, *, is_filled_later: bool) -> Backbone:
+def _network(config: TrainConfig, listing: Listing, device: torch.device, *, is_filled_later: bool = False) -> Backbone:
     """Build the network, with random weights where those it will have come from elsewhere."""
     backbone = build_backbone(
         config.model,
@@ -198,81 +307,26 @@ def _network(config: TrainConfig, listing: Listing, device: torch.device, *, is_
     return backbone
 
 
-def _saved_plan(config: TrainConfig, saved: SavedState) -> Plan:
-    """Return the plan that `saved` followed, with another number of epochs if one was asked for."""
-    values = saved.values["identity"]["plan"]
-    plan = Plan(**values | {"frozen_stages": tuple(values["frozen_stages"])})
-    return plan if config.epochs == "auto" else replace(plan, epochs=config.epochs)
+def _saved_plans(config: TrainConfig, saved: list[dict[str, Any]]) -> tuple[Plan, ...]:
+    """Return the plans that were followed, the last of them with as many epochs as make up those now asked for."""
+    *plans, last = (Plan(**values | {"frozen_stages": tuple(values["frozen_stages"])}) for values in saved)
+    if config.epochs != "auto":
+        last = replace(last, epochs=max(config.epochs - sum(plan.epochs for plan in plans), 0))
+    return (*plans, last)
 
 
-def _learner(
-    config: TrainConfig,
-    backbone: Backbone,
-    plan: Plan,
-    batches: Batches,
-    accelerator: Accelerator,
-    reporter: Reporter,
-) -> Learner:
-    class_weights_K = None
-    if config.imbalance == "class-weights" and plan.head_start != "neighbours":
-        class_indices_N = torch.tensor(batches.loaders["train"].dataset.class_indices)  # type: ignore[attr-defined]
-        class_count = head_module(backbone.module).weight.shape[0]
-        counts_K = torch.bincount(class_indices_N, minlength=class_count)
-        class_weights_K = balanced_class_weights(counts_K).to(accelerator.device)
-    groups = parameter_groups(
-        backbone.module,
-        backbone.stages,
-        learning_rate=plan.learning_rate,
-        trunk_learning_rate=plan.trunk_learning_rate,
-        depth_ratio=plan.depth_ratio,
-        weight_decay=plan.weight_decay,
-    ) or [{"params": [], "lr": plan.learning_rate}]  # nearest neighbours have nothing to learn
-    optimizer: torch.optim.Optimizer
-    match plan.optimizer:
-        case "adamw":
-            optimizer = torch.optim.AdamW(groups)
-        case "adam":
-            optimizer = torch.optim.Adam(groups)
-        case "sgd":
-            optimizer = torch.optim.SGD(groups, momentum=config.momentum)
-    schedule = build_schedule(
-        optimizer,
-        config.schedule,
-        epochs=plan.epochs,
-        steps_per_epoch=len(batches.loaders["train"]),
-        warmup_epochs=config.warmup_epochs,
-        step_epochs=config.step_epochs,
-        step_factor=config.step_factor,
-    )
-    return Learner(
-        model=batches.model,
-        network=backbone.module,
-        criterion=build_criterion(
-            config.head, loss=config.loss, label_smoothing=config.label_smoothing, class_weights_K=class_weights_K
-        ),
-        optimizer=optimizer,
-        schedule=schedule,
-        accelerator=accelerator,
-        max_grad_norm=config.max_grad_norm,
-        finish=batches.finish,
-        mix=_mix(config, backbone),
-        average=ModelEmaV3(backbone.module, decay=config.ema_decay, use_warmup=True)
-        if config.averaging == "ema"
-        else None,
-        averages_ends=config.averaging == "ends",
-        parts=config.gradient_accumulation,
-        reporter=reporter,
-    )
-
-
-def _mix(config: TrainConfig, backbone: Backbone) -> Mix | None:
-    if not config.mixup and not config.cutmix:
-        return None
-    class_count = head_module(backbone.module).weight.shape[0]
-    return Mix(mixup=config.mixup, cutmix=config.cutmix, class_count=class_count, seed=config.seed)
-
-
-def _resolved(config: TrainConfig, plan: Plan, backbone: Backbone, workers: int) -> TrainConfig:
+def _resolved(config: TrainConfig, job: Job) -> TrainConfig:
+    plan, spec = job.plans[0], job.backbone.input_spec
+    values: dict[str, Any] = {}
+    if config.phases and config.epochs != "auto":  # a resume has lengthened the last one
+        names = [stage.name for stage in job.backbone.stages]
+        values = {"phases": phases_text(job.plans, names), "epochs": "auto"}
+    if not config.phases:
+        values = {
+            "epochs": plan.epochs,
+            "views": plan.views,
+            "boundary_cache": "always" if plan.boundary_cache else "never",
+        }
     return replace(
         config,
         data=str(Path(config.data).resolve()),
@@ -281,19 +335,17 @@ def _resolved(config: TrainConfig, plan: Plan, backbone: Backbone, workers: int)
         label_names=_absolute(config.label_names),
         scenario=plan.scenario,
         head_start="random" if plan.head_start == "random" else "probe",
-        image_size=backbone.input_spec.image_size_px,
-        channels=backbone.input_spec.channels,
-        epochs=plan.epochs,
+        image_size=spec.image_size_px,
+        channels=spec.channels,
         optimizer=plan.optimizer,
         learning_rate=plan.learning_rate,
         trunk_learning_rate=plan.trunk_learning_rate,
         depth_ratio=plan.depth_ratio,
         weight_decay=plan.weight_decay,
-        views=plan.views,
-        boundary_cache="always" if plan.boundary_cache else "never",
-        workers=workers,
+        workers=job.batches.workers,
         resume=False,
         overwrite=False,
+        **values,
     )
 
 
@@ -306,10 +358,8 @@ def _fixed_options(config: TrainConfig) -> dict[str, Any]:
     return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def _refuse_changes(config: TrainConfig, saved: SavedState, run: RunFolder) -> None:
+def _refuse_changes(config: TrainConfig, options: dict[str, Any], run: RunFolder) -> None:
     """Compare the options as they were given with those the run was saved with; an "auto" agrees with any."""
-    # A run of an earlier version knew fewer options.
-    options = _fixed_options(TrainConfig()) | saved.values["identity"]["options"]
     changes = [
         f"--{name.replace('_', '-')} was {options[name]!r} and is {value!r}"
         for name, value in _fixed_options(config).items()

@@ -84,27 +84,32 @@ def build_batches(
         loaders = {split: evaluation_loader(data, batch_size=config.batch_size) for split, data in datasets.items()}
         loaders["train"] = _training_loader(config, datasets["train"], workers=0)
         return Batches(loaders=loaders, model=cut.rest, workers=0)
-    spec = backbone.input_spec
+    spec, train = backbone.input_spec, table.select("train")
     is_held = can_hold(table, spec, config.augmentation) and not config.random_erasing
     pixels = hold_pixels(table, spec) if is_held else None
     pictures = PictureCache(spec) if pixels is None and worth_caching(table, spec, plan.epochs) else None
-    train = labelled_dataset(
-        table.select("train"),
-        label_map,
-        spec,
-        augmentation=config.augmentation,
-        seed=config.seed,
-        pixels=pixels,
-        pictures=pictures,
-        random_erasing=config.random_erasing,
-        is_drafting=device.type == "cuda",
-    )
+    dataset: LabelledDataset
+    if pixels is not None:
+        dataset = labelled_dataset(
+            train, label_map, spec, augmentation=config.augmentation, seed=config.seed, pixels=pixels
+        )
+    else:
+        dataset = ImageDataset(
+            train,
+            label_map,
+            spec=spec,
+            augmentation=config.augmentation,
+            seed=config.seed,
+            pictures=pictures,
+            is_drafting=device.type == "cuda",
+            random_erasing=config.random_erasing,
+        )
     workers = _workers(config, backbone, table, label_map, device) if pixels is None and plan.epochs else 0
     loaders = split_loaders(
         table, label_map, spec, batch_size=config.batch_size, workers=workers, pixels=pixels, pictures=pictures
     )
-    loaders["train"] = _training_loader(config, train, workers=workers)
-    finish = train.finish if isinstance(train, ImageDataset) and train.is_drafting else None
+    loaders["train"] = _training_loader(config, dataset, workers=workers)
+    finish = dataset.finish if isinstance(dataset, ImageDataset) and dataset.is_drafting else None
     return Batches(loaders=loaders, model=backbone.module, workers=workers, pictures=pictures, finish=finish)
 
 

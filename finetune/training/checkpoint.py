@@ -27,7 +27,7 @@ from finetune.runs.reporting import Reporter
 from finetune.training.progress import Progress
 from finetune.training.step import Learner
 
-FORMAT_NUMBER = 1
+FORMAT_NUMBER = 2
 SAVE_EVERY_SECONDS = 600.0
 TRAINING_PER_SAVE = 30  # seconds that must go by after a save for each second that it took
 KEPT = 2  # newest saves kept, beside the best
@@ -47,6 +47,8 @@ class SavedState:
     rng: dict[str, torch.Tensor]
     ema: dict[str, torch.Tensor]
     """The moving average of the weights, where there is one."""
+    start: dict[str, torch.Tensor]
+    """The weights that training began with, where they are needed in the end."""
     values: dict[str, Any]
 
     @property
@@ -138,6 +140,8 @@ def write_state(run: RunFolder, learner: Learner, progress: Progress, *, identit
     }
     if learner.average:
         files["ema.safetensors"] = save(_packed(learner.average.module.state_dict()))
+    if learner.averages_ends:
+        files["start.safetensors"] = save(_packed(progress.start_weights))
     if progress.best_step != progress.global_step and not _step_folder(run, progress.best_step).exists():
         files["best.safetensors"] = save(_packed(progress.best_weights))  # its own save was refused or left out
     files["manifest.json"] = strict_json.dump(
@@ -162,6 +166,8 @@ def read_state(run: RunFolder, reporter: Reporter) -> SavedState:
     for folder in sorted(run.checkpoints.glob("step-*"), reverse=True):
         try:
             return _verified(folder)
+        except RunError:
+            raise  # whole, but of another version
         except (OSError, ValueError, KeyError, TypeError) as error:
             reporter.warn(f"passed over the damaged training state {folder.name}: {error}")
             with suppress(OSError):  # out of the way of the save that will have its name
@@ -178,7 +184,7 @@ def restore_state(state: SavedState, learner: Learner, *, is_longer: bool) -> Pr
     Raises:
         RunError: The best weights so far are gone, or the optimiser moves other parameters.
     """
-    progress = Progress.from_json(state.values["progress"], _read_best(state))
+    progress = Progress.from_json(state.values["progress"], _read_best(state), state.start)
     first_rates = [float(group["lr"]) for group in learner.optimizer.param_groups]
     learner.network.load_state_dict(state.model)
     learner.parts = state.values["parts"]
@@ -186,11 +192,11 @@ def restore_state(state: SavedState, learner: Learner, *, is_longer: bool) -> Pr
         learner.average.module.load_state_dict(state.ema)
     _unpack_optimizer(learner.optimizer, learner.network, state.optimizer, state.values["optimizer_groups"])
     if is_longer and learner.schedule.every == "step":
-        learner.schedule.catch_up(progress.global_step, first_rates)
+        learner.schedule.catch_up(progress.global_step - progress.phase_step, first_rates)
     else:
         learner.schedule.restore(state.values["schedule"])
-    if learner.accelerator.scaler is not None and (scaler := state.values.get("scaler")):  # version 0.2.0 saved none
-        learner.accelerator.scaler.load_state_dict(scaler)
+    if learner.accelerator.scaler is not None and state.values["scaler"]:
+        learner.accelerator.scaler.load_state_dict(state.values["scaler"])
     _unpack_rng(state.rng)
     return progress
 
@@ -264,7 +270,10 @@ def _verified(folder: Path) -> SavedState:
             raise ValueError(f"{name} does not match its checksum")
     values = strict_json.parse(files["state.json"])
     if values["format_number"] != FORMAT_NUMBER:
-        raise ValueError(f"format {values['format_number']}, where this version reads {FORMAT_NUMBER}")
+        raise RunError(
+            f"{folder} has format {values['format_number']}, where this version reads {FORMAT_NUMBER}",
+            "go on with the version of finetune that wrote it, or train anew with another --output",
+        )
     return SavedState(
         folder=folder,
         model=load(files["model.safetensors"]),
@@ -272,6 +281,7 @@ def _verified(folder: Path) -> SavedState:
         optimizer=load(files["optimizer.safetensors"]),
         rng=load(files["rng.safetensors"]),
         ema=load(files["ema.safetensors"]) if "ema.safetensors" in files else {},
+        start=load(files["start.safetensors"]) if "start.safetensors" in files else {},
         values=values,
     )
 

@@ -1,6 +1,7 @@
 """Mixed images: batches in which every image is blended with another, and its target with the other's."""
 
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import torch
 from torchvision import tv_tensors
@@ -28,7 +29,11 @@ class Mix:
 
     def __post_init__(self) -> None:
         kinds = [(v2.MixUp, self.mixup), (v2.CutMix, self.cutmix)]
-        changes = [kind(alpha=alpha, num_classes=self.class_count) for kind, alpha in kinds if alpha]
+        changes = [
+            kind(alpha=alpha, num_classes=self.class_count, labels_getter=itemgetter(-1))
+            for kind, alpha in kinds
+            if alpha
+        ]
         object.__setattr__(self, "_change", v2.RandomChoice(changes))
 
     def __call__(

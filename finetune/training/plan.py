@@ -1,9 +1,11 @@
 """The plan of a training: every "auto" resolved, every number that the loop will use."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from finetune.config.phases import Phase
 from finetune.config.schema import TrainConfig
 from finetune.models.freezing import Scenario
 
@@ -26,7 +28,7 @@ WEIGHT_DECAY = {"adamw": 0.01, "adam": 0.0, "sgd": 5e-4}
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What will be trained, from where, how long and how fast."""
+    """What will be trained in a phase, from where, how long and how fast."""
 
     scenario: Scenario
     frozen_stages: tuple[str, ...]
@@ -44,6 +46,8 @@ class Plan:
     """Whether the frozen stages run once and the others learn from what they gave."""
     views: int = 0
     """Augmented views of every training image that the frozen stages are run on; 0 is the image itself."""
+    rate_share: float = 1.0
+    """What the rates are multiplied by in this phase."""
 
 
 def make_plan(
@@ -100,6 +104,46 @@ def make_plan(
         weight_decay=WEIGHT_DECAY[optimizer] if config.weight_decay == "auto" else config.weight_decay,
         batch_norm="train" if is_fresh or images >= OWN_STATISTICS else "eval",
     )
+
+
+def plan_phases(plan: Plan, phases: Sequence[Phase], stages: Sequence[str]) -> tuple[Plan, ...]:
+    """Return a plan for each of `phases`, or `plan` itself where there are none.
+
+    Args:
+        plan: What all phases have in common.
+        phases: What is frozen in each, its length and rates.
+        stages: The names of all stages, from the stem to the head.
+    """
+    trunk = len(stages) - 1
+    plans = []
+    for phase in phases:
+        counts = range(trunk, -1, -1) if phase.learning == "gradual" else [_frozen(phase.learning, trunk)]
+        plans += [
+            replace(plan, frozen_stages=tuple(stages[:count]), epochs=phase.epochs, rate_share=phase.rate_share)
+            for count in counts
+        ]
+    return tuple(plans) or (plan,)
+
+
+def phases_text(plans: Sequence[Plan], stages: Sequence[str]) -> str:
+    """Return what `plan_phases` makes `plans` of, for a network with these stages."""
+    trunk = len(stages) - 1
+    names = {trunk: "head", 0: "all"}
+    parts = [
+        (names.get(frozen := len(plan.frozen_stages), f"top{trunk - frozen}"), plan.epochs, plan.rate_share)
+        for plan in plans
+    ]
+    return ",".join(f"{learning}:{epochs}:{share:g}" for learning, epochs, share in parts)
+
+
+def _frozen(learning: str | int, trunk: int) -> int:
+    match learning:
+        case "head":
+            return trunk
+        case "all":
+            return 0
+        case _:
+            return max(trunk - int(learning), 0)
 
 
 def _trunk_rate(scenario: Scenario, *, is_sgd: bool) -> float:

@@ -65,9 +65,13 @@ class Totals:
 class Progress:
     """Position, sums and best weights. `epoch` and `step` count what is done; `step` starts anew each epoch.
 
-    `epochs` and `images_per_epoch` say what is planned.
+    `phase` counts the phases that are over, and `phase_epoch` and `phase_step` the epochs and all steps in them.
+    `epochs` and `images_per_epoch` say what is planned, the former up to the end of the phase.
     """
 
+    phase: int = 0
+    phase_epoch: int = 0
+    phase_step: int = 0
     epoch: int = 0
     step: int = 0
     global_step: int = 0
@@ -91,6 +95,12 @@ class Progress:
         """Whether the start has been scored."""
         return bool(self.best_weights)
 
+    def next_phase(self) -> None:
+        """Begin the next phase where this one ended."""
+        self.phase += 1
+        self.phase_epoch, self.phase_step = self.epoch, self.global_step
+        self.stop_reason = ""
+
     def is_best(self, accuracy: float) -> bool:
         """Whether `accuracy` is better than the best so far: a NaN never is, and a tie keeps the earlier."""
         return not self.has_started or accuracy > self.history.best_accuracy
@@ -109,6 +119,9 @@ class Progress:
             for name, value in asdict(self.history).items()
         }
         return {
+            "phase": self.phase,
+            "phase_epoch": self.phase_epoch,
+            "phase_step": self.phase_step,
             "epoch": self.epoch,
             "step": self.step,
             "global_step": self.global_step,
@@ -118,12 +131,17 @@ class Progress:
         }
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], best_weights: dict[str, torch.Tensor]) -> "Progress":
+    def from_json(
+        cls, values: dict[str, Any], best_weights: dict[str, torch.Tensor], start_weights: dict[str, torch.Tensor]
+    ) -> "Progress":
         """Read what `to_json` wrote."""
         history: dict[str, Any] = {
             name: math.nan if value is None else value for name, value in values["history"].items()
         }
         return cls(
+            phase=values["phase"],
+            phase_epoch=values["phase_epoch"],
+            phase_step=values["phase_step"],
             epoch=values["epoch"],
             step=values["step"],
             global_step=values["global_step"],
@@ -131,6 +149,7 @@ class Progress:
             history=History(**history),
             best_step=values["best_step"],
             best_weights=best_weights,
+            start_weights=start_weights,
             is_resumed=True,
         )
 

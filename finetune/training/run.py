@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from finetune.data.csv_files import write_csv
-from finetune.data.loaders import readable
+from finetune.data.loaders import readable, worker_faults
 from finetune.evaluation.infer import Predictions, predict_batches
 from finetune.evaluation.scores import Scores, score
 from finetune.models.freezing import stage_summary
@@ -29,23 +29,18 @@ def run_job(job: Job, reporter: Reporter) -> dict[str, Scores]:
 
     Raises:
         KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; the state is saved and `--resume` goes on from it.
+        DataError: An image can no longer be read, or a process that decodes died or hangs.
         DivergedError: The loss is no longer finite.
         StorageError: The disk has refused several saves.
     """
-    _tell_what_learns(job, reporter)
     started = time.monotonic()
-    with Interruption() as interruption:
-        checkpointer = Checkpointer(job.run, job.learner, identity=job.identity(), reporter=reporter)
-        watchers: list[Watcher] = [EpochRecorder(job.run), interruption, ProgressBar(reporter)]
-        if job.config.patience:
-            stopping = EarlyStopping(job.config.patience)
-            watchers.append(stopping)
-            if job.progress.epoch:
-                stopping.epoch_ended(job.progress)  # a resume of a training that had stopped early
-        # The checkpointer comes last: what it saves includes what the others have done.
-        run_epochs(
-            job.learner, job.batches.loaders, job.plan.epochs, progress=job.progress, watchers=[*watchers, checkpointer]
-        )
+    with worker_faults(), Interruption() as interruption:
+        while True:
+            _run_phase(job, interruption, reporter)
+            if job.is_last_phase or (interruption.received is not None and job.progress.stop_reason):
+                break
+            job.progress.next_phase()
+            job.enter_phase()
     if interruption.received is not None and job.progress.stop_reason:
         reporter.say(f"Interrupted; the state is saved. Go on with: finetune train --output {job.run.path} --resume")
         if interruption.received == signal.SIGINT:
@@ -55,12 +50,34 @@ def run_job(job: Job, reporter: Reporter) -> dict[str, Scores]:
     return _write_results(job, reporter)
 
 
+def _run_phase(job: Job, interruption: Interruption, reporter: Reporter) -> None:
+    _tell_what_learns(job, reporter)
+    checkpointer = Checkpointer(job.run, job.learner, identity=job.identity(), reporter=reporter)
+    watchers: list[Watcher] = [EpochRecorder(job.run), interruption, ProgressBar(reporter)]
+    if job.config.patience:
+        stopping = EarlyStopping(job.config.patience)
+        watchers.append(stopping)
+        if job.progress.epoch:
+            stopping.epoch_ended(job.progress)  # a resume of a training that had stopped early
+    if job.budget:
+        watchers.append(job.budget)
+    # The checkpointer comes last: what it saves includes what the others have done.
+    run_epochs(
+        job.learner,
+        job.batches.loaders,
+        job.progress.phase_epoch + job.plan.epochs,
+        progress=job.progress,
+        watchers=[*watchers, checkpointer],
+    )
+
+
 def _tell_what_learns(job: Job, reporter: Reporter) -> None:
     rows = [
         (row.stage, f"{row.parameters:,}", f"{row.learning:,}" if row.learning else "frozen")
         for row in stage_summary(job.backbone.module, job.backbone.stages)
     ]
-    reporter.table(f"What learns in {job.backbone.name}", ["stage", "parameters", "learning"], rows)
+    phase = f", phase {job.progress.phase + 1} of {len(job.plans)}" if len(job.plans) > 1 else ""
+    reporter.table(f"What learns in {job.backbone.name}{phase}", ["stage", "parameters", "learning"], rows)
 
 
 def _tell_the_end(job: Job, reporter: Reporter, *, seconds: float) -> None:
@@ -100,7 +117,7 @@ def _write_results(job: Job, reporter: Reporter) -> dict[str, Scores]:
         head=job.backbone.head,
         label_map=job.label_map,
         input_spec=job.backbone.input_spec,
-        frozen_stages=job.plan.frozen_stages,
+        frozen_stages=min((plan.frozen_stages for plan in job.plans), key=len),
         scenario=job.plan.scenario,
         pretrained_weights=job.backbone.weights,
         metrics=scores["valid"].headline(),

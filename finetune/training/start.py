@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.advice.choose import choose
 from finetune.advice.measure import count_images, measure
+from finetune.config.phases import parse_phases
 from finetune.config.schema import TrainConfig
 from finetune.data.table import ImageTable
 from finetune.features.extract import TrunkPass
@@ -22,7 +23,7 @@ from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
 from finetune.training.boundary import weigh_boundary
 from finetune.training.objectives import balanced_class_weights
-from finetune.training.plan import Plan, make_plan
+from finetune.training.plan import Plan, make_plan, plan_phases
 from finetune.training.study import Baselines, Study, majority_accuracy, study_images
 
 Array = np.ndarray[Any, Any]
@@ -45,8 +46,8 @@ def start_network(
     *,
     trunk_pass: TrunkPass | None,
     reporter: Reporter,
-) -> Plan:
-    """Study the images, choose the scenario, make the plan and put the solved head in; write down all of it.
+) -> tuple[Plan, ...]:
+    """Study the images, choose the scenario, plan each phase and put the solved head in; write down all of it.
 
     Args:
         config: The options as given.
@@ -87,15 +88,18 @@ def start_network(
         has_batch_norm=any(isinstance(module, _BatchNorm) for module in backbone.module.modules()),
         images=len(train_N),
     )
-    plan = weigh_boundary(config, plan, backbone, table.select("train"), reporter=reporter)
+    plans = tuple(
+        weigh_boundary(config, phase_plan, backbone, table.select("train"), reporter=reporter)
+        for phase_plan in plan_phases(plan, parse_phases(config.phases), [stage.name for stage in backbone.stages])
+    )
     if study and plan.head_start != "random":
         _start_head(backbone, study)
-    write_whole(run.advice, strict_json.dump({**advice.to_json(), "plan": asdict(plan)}, indent=1))
+    write_whole(run.advice, strict_json.dump({**advice.to_json(), "plans": [asdict(each) for each in plans]}, indent=1))
     run.record("baseline", baselines.to_json())
     if study and study.probe:
         run.record("probe", {**study.probe.summary(), "head_start": plan.head_start})
     _tell(reporter, baselines, advice.scenario, advice.reason)
-    return plan
+    return plans
 
 
 def _requested(config: TrainConfig) -> Scenario | Literal["auto"]:

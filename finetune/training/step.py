@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DataLoaderConfiguration, clear_device_cache, convert_to_fp32, should_reduce_batch_size
+from accelerate.utils import DataLoaderConfiguration, convert_to_fp32
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -146,12 +147,12 @@ def _add_gradients(
     return mean, right
 
 
-def _weight(criterion: nn.Module, targets: torch.Tensor) -> torch.Tensor | int:
+def _weight(criterion: nn.Module, targets: torch.Tensor) -> float:
     """Return by what `criterion` divides the sum over the images of a batch when it takes their mean."""
     weights_K = getattr(criterion, "weight", None)
     if weights_K is None or targets.ndim == 2 or isinstance(criterion, nn.MultiMarginLoss):
         return len(targets)
-    return weights_K[targets].sum()
+    return float(weights_K[targets].sum())
 
 
 def _halve_parts(learner: Learner) -> None:

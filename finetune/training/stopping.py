@@ -8,7 +8,7 @@ from finetune.training.progress import Progress
 
 
 class EarlyStopping:
-    """A watcher that stops once the validation accuracy has not risen for `patience` epochs."""
+    """A watcher that ends a phase once the validation accuracy has not risen for `patience` epochs of it."""
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
@@ -21,7 +21,7 @@ class EarlyStopping:
 
     def epoch_ended(self, progress: Progress) -> None:
         """Stop when the best epoch lies `patience` epochs back."""
-        if progress.epoch - progress.history.best_epoch >= self.patience:
+        if progress.epoch - max(progress.history.best_epoch, progress.phase_epoch) >= self.patience:
             progress.stop_reason = f"no better validation accuracy for {self.patience} epochs"
 
 

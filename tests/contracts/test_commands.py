@@ -9,7 +9,7 @@ import pytest
 from finetune import api
 from finetune.cli.main import COMMANDS
 
-TWINS = {"data": "write_data", "models": "list_models", "cache": "list_cache", "config": None}
+TWINS = {"data": "write_data", "models": "list_models", "cache": "list_cache", "watch": "watch_server", "config": None}
 """Verbs of another name than their command; options are data, Python has TrainConfig for them."""
 
 

@@ -34,6 +34,7 @@ PINNED = [
     "count_parameters",
     "evaluate",
     "explain",
+    "find_learning_rate",
     "initialize_model",
     "inspect",
     "inspect_network",
@@ -47,6 +48,7 @@ PINNED = [
     "to_dense",
     "train",
     "train_model",
+    "watch_server",
     "write_data",
 ]
 

@@ -4,13 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from finetune.training.objectives import build_criterion
 from finetune.training.schedules import build_schedule
-from finetune.training.step import Learner
+from finetune.training.step import Learner, build_accelerator
 
 
 class TinyNetwork(nn.Module):
@@ -68,7 +67,7 @@ def make_learner() -> Callable[..., Learner]:
                 step_epochs=2,
                 step_factor=0.1,
             ),
-            accelerator=Accelerator(cpu=True),
+            accelerator=build_accelerator(torch.device("cpu"), "fp32"),
         )
 
     return make

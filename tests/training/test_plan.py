@@ -3,7 +3,8 @@
 import pytest
 
 from finetune.config import TrainConfig
-from finetune.training.plan import Plan, make_plan
+from finetune.config.phases import parse_phases
+from finetune.training.plan import Plan, make_plan, phases_text, plan_phases
 
 
 def plan(
@@ -74,3 +75,36 @@ def test_the_optimiser_follows_the_network_and_the_start(
     found = plan(scenario, has_batch_norm=has_batch_norm)
     assert (found.optimizer, found.trunk_learning_rate, found.weight_decay) == (optimizer, pytest.approx(rate), decay)
     assert plan(scenario, has_batch_norm=has_batch_norm, weight_decay=0.3).weight_decay == 0.3
+
+
+STAGES = ("stem", "one", "two", "three", "head")
+
+
+def frozen_and_lengths(phases: str) -> list[tuple[tuple[str, ...], int, float]]:
+    plans = plan_phases(plan("large-similar"), parse_phases(phases), STAGES)
+    return [(each.frozen_stages, each.epochs, each.rate_share) for each in plans]
+
+
+def test_each_phase_freezes_what_it_says() -> None:
+    assert frozen_and_lengths("head:5,top2:3,all:10:0.1") == [
+        (STAGES[:-1], 5, 1.0),
+        (STAGES[:2], 3, 1.0),
+        ((), 10, 0.1),
+    ]
+    assert frozen_and_lengths("top9:1") == [((), 1, 1.0)]
+
+
+def test_gradual_unfreezing_frees_one_stage_after_the_other() -> None:
+    assert frozen_and_lengths("gradual:2") == [(STAGES[:count], 2, 1.0) for count in (4, 3, 2, 1, 0)]
+
+
+def test_phases_are_written_as_they_are_read() -> None:
+    plans = plan_phases(plan("large-similar"), parse_phases("gradual:2,top2:3:0.5"), STAGES)
+    text = phases_text(plans, STAGES)
+    assert text == "head:2:1,top1:2:1,top2:2:1,top3:2:1,all:2:1,top2:3:0.5"
+    assert plan_phases(plan("large-similar"), parse_phases(text), STAGES) == plans
+
+
+def test_without_phases_the_plan_is_what_the_scenario_says() -> None:
+    whole = plan("large-similar")
+    assert plan_phases(whole, (), STAGES) == (whole,)

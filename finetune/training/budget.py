@@ -1,0 +1,131 @@
+"""A training that is to be done in time: image size and epochs are planned by measurement, and it stops before the end.
+
+The first steps are taken for their time only and undone. What was planned is kept on a resume; only the stop is new.
+"""
+
+import itertools
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from finetune.data.loaders import EpochSampler, readable
+from finetune.errors import ConfigError
+from finetune.models.device import as_inputs
+from finetune.training.loop import evaluate_loss
+from finetune.training.progress import Progress
+from finetune.training.step import Learner, train_step
+
+MEASURED_STEPS = 4  # after one to warm up
+MEASURED_IMAGES = 8
+ENDING_SECONDS = 4.0  # to score the model, write it and draw the plots, beside one pass over the held-out images
+USABLE = 0.9  # of the time left when the epochs are planned: a machine is not always as fast as it was measured
+SIZE_SHARES = (1.0, 0.75, 0.5)
+SIZE_STEP_PX = 32  # by which most networks divide the side of an image
+FORWARDS_AN_EPOCH = 3  # forward and backward of everything take about as long as three times forward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """What an epoch takes in seconds: the first, in which images are decoded, a later one, and a validation."""
+
+    first_epoch: float
+    later_epoch: float
+    validation: float
+
+
+class Budget:
+    """The time a training may take, and a watcher that stops it in time.
+
+    Args:
+        seconds: The budget.
+        began: When it began to run, by time.monotonic().
+    """
+
+    def __init__(self, seconds: float, *, began: float) -> None:
+        self.seconds = seconds
+        self.deadline = began + seconds
+        self.ending = ENDING_SECONDS
+
+    @property
+    def left(self) -> float:
+        """Seconds that remain."""
+        return self.deadline - time.monotonic()
+
+    def epoch_started(self, progress: Progress) -> None:
+        """Nothing to do."""
+
+    def step_ended(self, progress: Progress) -> None:
+        """Stop while there is time left to score and write the model."""
+        if self.left < self.ending:
+            progress.stop_reason = f"the budget of {self.seconds:.0f} s is used up"
+
+    epoch_ended = step_ended
+
+    def image_size(self, network: nn.Module, *, size_px: int, channels: int, images: int, device: torch.device) -> int:
+        """Return the largest image size, up to `size_px`, at which there is time to see every image and for an epoch.
+
+        Raises:
+            ConfigError: Not even at half the size is there time to look at each image once.
+        """
+        images_BCHW = torch.zeros(MEASURED_IMAGES, channels, size_px, size_px)
+        inputs = as_inputs(images_BCHW, device)
+        network.eval()
+        with torch.inference_mode():
+            network(*inputs)
+            started = time.monotonic()
+            float(network(*inputs).sum())  # waits for a GPU
+        look = (time.monotonic() - started) / MEASURED_IMAGES * images
+        sizes = [size_px, *(round(share * size_px / SIZE_STEP_PX) * SIZE_STEP_PX for share in SIZE_SHARES[1:])]
+        affordable = self.left - self.ending
+        for size in sizes:
+            if size and look * (size / size_px) ** 2 * (1 + FORWARDS_AN_EPOCH) <= affordable:
+                return size
+        least = look * (sizes[-1] / size_px) ** 2
+        if least > affordable:
+            raise ConfigError(
+                f"--budget {self.seconds:.0f}s does not do: a look at each of the {images:,} images takes "
+                f"about {least:.0f} s, and {max(affordable, 0):.0f} s are left",
+                f"take a longer --budget, such as {math.ceil((self.seconds - affordable + 4 * least) / 60)}m",
+            )
+        return sizes[-1]
+
+    def epochs(self, pace: Pace, *, most: int) -> int:
+        """Return how many epochs of this `pace`, `most` at most, there is time for."""
+        self.ending = ENDING_SECONDS + pace.validation
+        usable = (self.left - self.ending) * USABLE
+        fitting = 1 + math.floor((usable - pace.first_epoch) / pace.later_epoch) if usable >= pace.first_epoch else 0
+        return min(most, fitting)
+
+
+def measure_pace(learner: Learner, loaders: dict[str, DataLoader[Any]]) -> Pace:
+    """Take the first steps twice and undo them; the second time images come from wherever the first has put them.
+
+    The learner's optimiser and schedule are used up by it; its network and the random generators are as before.
+    """
+    network = {name: tensor.detach().clone() for name, tensor in learner.network.state_dict().items()}
+    generator = torch.get_rng_state()
+    train_batches, valid_batches = learner.accelerator.prepare(loaders["train"], loaders["valid"])
+    learner.model.train()
+    seconds, taken = [], 0
+    for _ in range(2):
+        sampler = loaders["train"].batch_sampler
+        if isinstance(sampler, EpochSampler):
+            sampler.start(0)
+        taken, started = 0, 0.0
+        for batch in itertools.islice(readable(train_batches), MEASURED_STEPS + 1):
+            train_step(learner, batch)
+            started = started or time.monotonic()
+            taken += 1
+        seconds.append((time.monotonic() - started) / max(taken - 1, 1))
+    started = time.monotonic()
+    validated = evaluate_loss(learner, itertools.islice(valid_batches, MEASURED_STEPS)).images
+    validation = (time.monotonic() - started) / validated * len(loaders["valid"].dataset)  # type: ignore[arg-type]
+    learner.network.load_state_dict(network)
+    torch.set_rng_state(generator)
+    first, later = (each * len(loaders["train"]) + validation for each in seconds)
+    return Pace(first_epoch=max(first, later), later_epoch=later, validation=validation)

@@ -1,0 +1,113 @@
+"""One phase of a training: what stays frozen in it, where its batches come from, and what learns from them."""
+
+import torch
+from timm.utils import ModelEmaV3
+
+from finetune.config.schema import TrainConfig
+from finetune.data.table import ImageTable
+from finetune.models.device import resolve_precision
+from finetune.models.freezing import freeze_stages, hold_batch_norm
+from finetune.models.heads import head_module
+from finetune.models.initialize import Backbone
+from finetune.models.param_groups import parameter_groups
+from finetune.runs.records import LabelMap
+from finetune.runs.reporting import Reporter
+from finetune.training.batches import Batches, build_batches
+from finetune.training.mixing import Mix
+from finetune.training.objectives import balanced_class_weights, build_criterion
+from finetune.training.plan import Plan
+from finetune.training.schedules import build_schedule
+from finetune.training.step import Learner, build_accelerator
+
+
+def freeze_and_load(
+    config: TrainConfig,
+    plan: Plan,
+    backbone: Backbone,
+    table: ImageTable,
+    label_map: LabelMap,
+    *,
+    device: torch.device,
+    reporter: Reporter,
+) -> Batches:
+    """Freeze what `plan` freezes and build the loaders that follow it.
+
+    Raises:
+        ImageError, DataError: A file can no longer be read, or has changed.
+    """
+    freeze_stages(backbone.module, backbone.stages, len(plan.frozen_stages))
+    if plan.batch_norm == "eval":
+        hold_batch_norm(backbone.module)
+    precision = resolve_precision(config.precision, device, backbone.module)
+    return build_batches(
+        config, plan, backbone, table, label_map, device=device, precision=precision, reporter=reporter
+    )
+
+
+def build_learner(
+    config: TrainConfig,
+    plan: Plan,
+    backbone: Backbone,
+    batches: Batches,
+    *,
+    device: torch.device,
+    reporter: Reporter,
+) -> Learner:
+    """Build what learns from `batches` as `plan` says."""
+    optimizer = _optimizer(config, plan, backbone)
+    schedule = build_schedule(
+        optimizer,
+        config.schedule,
+        epochs=plan.epochs,
+        steps_per_epoch=len(batches.loaders["train"]),
+        warmup_epochs=config.warmup_epochs,
+        step_epochs=config.step_epochs,
+        step_factor=config.step_factor,
+    )
+    class_weights_K, mix = None, None
+    if plan.head_start != "neighbours":
+        class_count = head_module(backbone.module).weight.shape[0]
+        if config.imbalance == "class-weights":
+            class_indices_N = torch.tensor(batches.loaders["train"].dataset.class_indices)  # type: ignore[attr-defined]
+            class_weights_K = balanced_class_weights(torch.bincount(class_indices_N, minlength=class_count)).to(device)
+        if config.mixup or config.cutmix:
+            mix = Mix(mixup=config.mixup, cutmix=config.cutmix, class_count=class_count, seed=config.seed)
+    return Learner(
+        model=batches.model,
+        network=backbone.module,
+        criterion=build_criterion(
+            config.head, loss=config.loss, label_smoothing=config.label_smoothing, class_weights_K=class_weights_K
+        ),
+        optimizer=optimizer,
+        schedule=schedule,
+        accelerator=build_accelerator(device, resolve_precision(config.precision, device, batches.model)),
+        max_grad_norm=config.max_grad_norm,
+        finish=batches.finish,
+        mix=mix,
+        average=_average(config, backbone),
+        averages_ends=config.averaging == "ends",
+        parts=config.gradient_accumulation,
+        reporter=reporter,
+    )
+
+
+def _optimizer(config: TrainConfig, plan: Plan, backbone: Backbone) -> torch.optim.Optimizer:
+    groups = parameter_groups(
+        backbone.module,
+        backbone.stages,
+        learning_rate=plan.learning_rate * plan.rate_share,
+        trunk_learning_rate=plan.trunk_learning_rate * plan.rate_share,
+        depth_ratio=plan.depth_ratio,
+        weight_decay=plan.weight_decay,
+    ) or [{"params": [], "lr": plan.learning_rate}]  # nearest neighbours have nothing to learn
+    match plan.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(groups)
+        case "adam":
+            return torch.optim.Adam(groups)
+        case "sgd":
+            return torch.optim.SGD(groups, momentum=config.momentum)
+
+
+def _average(config: TrainConfig, backbone: Backbone) -> ModelEmaV3 | None:
+    return ModelEmaV3(backbone.module, decay=config.ema_decay, use_warmup=True) if config.averaging == "ema" else None

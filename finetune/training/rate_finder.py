@@ -1,0 +1,94 @@
+"""A sweep of the learning rate over many sizes in one go, to see which one a training bears (Smith 2017)."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from finetune.data.loaders import EpochSampler, readable
+from finetune.errors import DivergedError
+from finetune.runs.reporting import Reporter
+from finetune.training.schedules import Schedule
+from finetune.training.step import Learner, train_step
+
+STEPS = 100
+LOWEST_SHARE, HIGHEST_SHARE = 1e-4, 1e3
+"""The first and the last rate of the sweep, as a share of the planned one."""
+SMOOTHING = 0.9  # of the loss, which jumps from batch to batch
+DIVERGED = 4.0  # times the least loss so far: the sweep ends
+EDGE = 0.1  # of the sweep at either end tells nothing: nothing moves yet, or all is lost
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateSweep:
+    """What a sweep has found.
+
+    `rates` are the rates of the head, as of `--learning-rate`, `losses` the smoothed mean losses (nats) after a step
+    at each, and `suggestion` the rate at which the loss falls fastest; None where it falls nowhere.
+    """
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    suggestion: float | None
+
+
+def sweep_rates(learner: Learner, loaders: dict[str, DataLoader[Any]], *, reporter: Reporter) -> RateSweep:
+    """Take up to `STEPS` steps at rates that rise from very low to very high, and undo them.
+
+    All rates keep their proportions to each other. Small sets are gone through as often as it takes. The learner's
+    optimiser and schedule are used up by it; its network and the random generators are as before.
+
+    Source: Smith 2017, Cyclical Learning Rates for Training Neural Networks, arXiv 1506.01186, section 3.3.
+    """
+    network = {name: tensor.detach().clone() for name, tensor in learner.network.state_dict().items()}
+    generator = torch.get_rng_state()
+    groups = learner.optimizer.param_groups
+    planned = [float(group["initial_lr"]) if "initial_lr" in group else float(group["lr"]) for group in groups]
+    still = replace(learner, schedule=Schedule.of(None, learner.optimizer), average=None)
+    batches = _endless(learner.accelerator.prepare(loaders["train"]), loaders["train"].batch_sampler)
+    rates: list[float] = []
+    losses: list[float] = []
+    least = math.inf
+    still.model.train()
+    with reporter.progress("Rates", STEPS) as advance:
+        for number, share in enumerate(np.geomspace(LOWEST_SHARE, HIGHEST_SHARE, STEPS)):
+            for group, rate in zip(groups, planned, strict=True):
+                group["lr"] = rate * float(share)
+            try:
+                loss, _, _ = train_step(still, next(batches), step=number + 1)
+            except DivergedError:
+                break
+            smooth = loss if not losses else SMOOTHING * losses[-1] + (1 - SMOOTHING) * loss
+            rates.append(groups[0]["lr"])
+            losses.append(smooth)
+            least = min(least, smooth)
+            advance(1, f"rate {rates[-1]:.1e}  loss {smooth:.3f}")
+            if smooth > DIVERGED * least:
+                break
+    learner.network.load_state_dict(network)
+    torch.set_rng_state(generator)
+    return RateSweep(rates=tuple(rates), losses=tuple(losses), suggestion=steepest(rates, losses))
+
+
+def steepest(rates: list[float], losses: list[float]) -> float | None:
+    """Return the rate at which the loss falls fastest as the rates rise, before its least; None if it never falls."""
+    edge = round(EDGE * len(losses))
+    end = int(np.argmin(losses)) + 1 if losses else 0
+    if end - edge < 2:
+        return None
+    slopes = np.gradient(np.asarray(losses[edge:end]), np.log(rates[edge:end]))
+    fastest = int(slopes.argmin())
+    return float(f"{rates[edge + fastest]:.2g}") if slopes[fastest] < 0 else None
+
+
+def _endless(batches: Any, sampler: Any) -> Iterator[Any]:
+    epoch = 0
+    while True:
+        if isinstance(sampler, EpochSampler):
+            sampler.start(epoch)
+        yield from readable(batches)
+        epoch += 1

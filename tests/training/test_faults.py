@@ -1,0 +1,164 @@
+"""What goes wrong around a training: each with its outcome, and nothing lost."""
+
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import finetune
+from finetune.data import loaders
+from finetune.data.dataset import ImageDataset
+from finetune.errors import DataError, RunError, StorageError
+from finetune.runs.folder import RunFolder, open_run
+from finetune.runs.reporting import LoggingReporter
+from finetune.training import checkpoint
+from finetune.training.checkpoint import read_state
+from finetune.training.progress import Progress
+from finetune.training.watchers import EpochRecorder, ProgressBar
+
+pytestmark = pytest.mark.usefixtures("fresh_cache")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Forty noisy pictures of two colours, split."""
+    generator = np.random.default_rng(0)
+    for number in range(40):
+        split = "train" if number < 28 else "valid"
+        path = tmp_path / "data" / split / ("red", "blue")[number % 2] / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 200, (40, 40, 3), dtype=np.uint8)
+        pixels[:, :, 2 * (number % 2)] //= 2
+        Image.fromarray(pixels).save(path)
+    return tmp_path / "data"
+
+
+@pytest.fixture(autouse=True)
+def _every_epoch_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "TRAINING_PER_SAVE", 0)
+
+
+def train(folder: Path, **options: Any) -> finetune.Run:
+    settings = {
+        "model": "resnet18",
+        "use_pretrained": False,
+        "scenario": "large-similar",
+        "image_size": 32,
+        "epochs": 3,
+        "batch_size": 10,
+        "workers": 0,
+    }
+    return finetune.train(folder, output=folder.parent / "run", **{**settings, **options})
+
+
+def saved_step(folder: Path) -> int:
+    """Return the step of the newest save, which verifies."""
+    reporter = LoggingReporter()
+    return int(read_state(RunFolder(folder.parent / "run"), reporter).values["progress"]["global_step"])
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Any) -> None:
+    """Do something at a step of the training."""
+    step_ended = ProgressBar.step_ended
+
+    def act(self: ProgressBar, progress: Progress) -> None:
+        step_ended(self, progress)
+        if progress.global_step == number:
+            action()
+
+    monkeypatch.setattr(ProgressBar, "step_ended", act)
+
+
+def test_a_worker_that_dies_is_named_and_the_run_goes_on_later(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill() -> None:
+        multiprocessing.active_children()[0].kill()
+        time.sleep(1)  # until the signal that a child is gone has come
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, kill)
+        with pytest.raises(DataError, match=r"gave up: DataLoader worker \(pid.*\d+.*\)"):
+            train(folder, workers=2)
+    assert saved_step(folder) == 3
+    assert finetune.train(output=folder.parent / "run", resume=True, workers=0).metrics["valid"]
+
+
+def test_a_worker_that_hangs_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    getitem = ImageDataset.__getitem__
+
+    def hang(self: ImageDataset, key: Any) -> Any:
+        if torch.utils.data.get_worker_info() and isinstance(key, tuple) and key[0] == 1:
+            time.sleep(3600)
+        return getitem(self, key)
+
+    monkeypatch.setattr(loaders, "HUNG_SECONDS", 2.0)
+    monkeypatch.setattr(ImageDataset, "__getitem__", hang)
+    with pytest.raises(DataError, match="gave up: DataLoader timed out after 2"):
+        train(folder, workers=2)
+    assert saved_step(folder) == 3
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("change", ["vanished", "changed"])
+def test_an_image_that_vanishes_or_changes_before_a_resume_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(folder)
+    victim = folder / "train" / "red" / "00.png"
+    if change == "vanished":
+        victim.unlink()
+    else:
+        Image.new("RGB", (40, 40), "green").save(victim)
+    with pytest.raises((DataError, RunError), match=r"the images are not those that training began with|00\.png"):
+        finetune.train(output=folder.parent / "run", resume=True)
+    assert saved_step(folder) == 3
+
+
+def test_an_image_that_is_spoiled_during_training_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    victim = folder / "train" / "red" / "00.png"
+    at_step(monkeypatch, 4, lambda: victim.write_bytes(b"no image any more"))
+    monkeypatch.setattr("finetune.training.batches.worth_caching", lambda *_: False)
+    with pytest.raises(DataError, match=r"00\.png: not_an_image"):
+        train(folder)
+    assert saved_step(folder) >= 3
+
+
+def test_a_record_that_the_disk_refuses_ends_the_run_with_its_saves(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise StorageError("cannot write metrics.jsonl: No space left on device", "free some space, then --resume")
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: patch.setattr(EpochRecorder, "epoch_ended", refuse))
+        with pytest.raises(StorageError, match="No space left"):
+            train(folder)
+    assert saved_step(folder) == 3
+    run = finetune.train(output=folder.parent / "run", resume=True)
+    assert len([event for event in RunFolder(run.folder).events() if event["event"] == "epoch"]) == 3
+
+
+def test_a_second_process_on_the_same_run_is_refused_by_name(folder: Path) -> None:
+    train(folder)
+    with (
+        open_run(folder.parent / "run", resume=True, overwrite=False),
+        pytest.raises(RunError, match=r"process \d+"),
+    ):
+        finetune.train(output=folder.parent / "run", resume=True)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_computed(folder: Path) -> None:
+    blocked = folder.parent / "file"
+    blocked.write_text("")
+    with pytest.raises((RunError, StorageError)):
+        finetune.train(folder, output=blocked / "run")

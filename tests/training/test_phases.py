@@ -1,0 +1,182 @@
+"""Several phases in one run: each with its own freezing, from the best so far, resumed to the same bits."""
+
+import hashlib
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import finetune
+from finetune.config import from_yaml
+from finetune.errors import RunError
+from finetune.training import checkpoint
+from finetune.training.progress import Progress
+from finetune.training.stopping import Interruption
+
+pytestmark = pytest.mark.usefixtures("fresh_cache")
+
+PHASES = "head:2,top1:1,all:2:0.1"
+STEPS = 3  # an epoch
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Forty noisy pictures of two colours, split."""
+    generator = np.random.default_rng(0)
+    for number in range(40):
+        split = "train" if number < 28 else "valid"
+        path = tmp_path / "data" / split / ("red", "blue")[number % 2] / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 200, (40, 40, 3), dtype=np.uint8)
+        pixels[:, :, 2 * (number % 2)] //= 2
+        Image.fromarray(pixels).save(path)
+    return tmp_path / "data"
+
+
+def train(folder: Path, output: str, **options: Any) -> finetune.Run:
+    settings = {
+        "model": "resnet18",
+        "use_pretrained": False,
+        "scenario": "large-similar",
+        "image_size": 32,
+        "phases": PHASES,
+        "batch_size": 10,
+        "learning_rate": 0.1,
+        "trunk_learning_rate": 0.1,
+        "workers": 0,
+    }
+    return finetune.train(folder, output=folder.parent / output, **{**settings, **options})
+
+
+def saves(run: Path) -> dict[int, dict[str, torch.Tensor]]:
+    """Return the weights of every save by its step."""
+    folders = sorted((run / "checkpoints").glob("step-*"))
+    return {int(folder.name.removeprefix("step-")): load_file(folder / "model.safetensors") for folder in folders}
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, global_step: int) -> None:
+    """Let SIGTERM come in at a step."""
+
+    def step_ended(self: Interruption, progress: Progress) -> None:
+        if progress.global_step == global_step:
+            self.received = signal.SIGTERM
+            progress.stop_reason = "SIGTERM received"
+
+    monkeypatch.setattr(Interruption, "step_ended", step_ended)
+    monkeypatch.setattr(Interruption, "epoch_ended", step_ended)
+
+
+@pytest.fixture
+def _every_epoch_is_saved_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "TRAINING_PER_SAVE", 0)
+    monkeypatch.setattr(checkpoint, "KEPT", 100)
+
+
+@pytest.mark.usefixtures("_every_epoch_is_saved_and_kept")
+def test_a_phase_moves_what_it_frees_and_nothing_else(folder: Path) -> None:
+    run = train(folder, "run")
+    found = saves(run.folder)
+    assert list(found) == [0, 3, 6, 9, 12, 15]
+    start, head, top, whole = found[0], found[3], found[9], found[15]
+
+    def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+        return {name.split(".")[0] for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+
+    assert moved(start, head) == {"fc"}
+    assert moved(start, top) == {"fc", "layer4"}
+    assert moved(start, whole) >= {"conv1", "layer1", "layer4", "fc"}
+    advice = json.loads((run.folder / "advice.json").read_text())
+    assert [plan["epochs"] for plan in advice["plans"]] == [2, 1, 2]
+    assert [event["epoch"] for event in events(run.folder) if event["event"] == "epoch"] == [1, 2, 3, 4, 5]
+    assert run.classifier.metadata.frozen_stages == ()
+
+
+@pytest.mark.usefixtures("_every_epoch_is_saved_and_kept")
+def test_a_phase_goes_on_from_the_best_weights_at_its_own_rates(folder: Path) -> None:
+    run = train(folder, "run", phases="head:3,all:1:0.01", schedule="constant")
+    epochs = [event for event in events(run.folder) if event["event"] == "epoch"]
+    assert [event["learning_rates"] for event in epochs] == pytest.approx([0.1, 0.1, 0.1, 0.001])
+    found, best = saves(run.folder), epochs[2]["best_epoch"]
+    drift = {
+        step: sum(float((found[12][name] - weights[name]).float().abs().sum()) for name in ("fc.weight", "fc.bias"))
+        for step, weights in found.items()
+    }
+    assert min((step for step in drift if step != 12), key=lambda step: drift[step]) == best * STEPS
+
+
+@pytest.mark.parametrize("step", [2, 6, 8, 9, 13])
+def test_a_run_interrupted_in_any_phase_ends_at_the_same_bits(
+    folder: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In mid-epoch, at the end of a phase, in a phase of one epoch, in the last."""
+    options = {"averaging": "ema", "patience": 3}
+    train(folder, "whole", **options)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        with pytest.raises(SystemExit) as stopped:
+            train(folder, "parts", **options)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    torch.manual_seed(99)
+    finetune.train(output=folder.parent / "parts", resume=True)
+    whole, parts = (folder.parent / name for name in ("whole", "parts"))
+    expected, found = saves(whole), saves(parts)
+    assert max(found) == max(expected)
+    for name, tensor in expected[max(expected)].items():
+        assert torch.equal(found[max(found)][name], tensor), name
+    for name, tensor in load_file(whole / "model.safetensors").items():
+        assert torch.equal(load_file(parts / "model.safetensors")[name], tensor), name
+    kept = [[event | {"seconds": 0} for event in events(run) if event["event"] == "epoch"] for run in (whole, parts)]
+    assert kept[0] == kept[1]
+
+
+def test_patience_ends_a_phase_and_the_next_one_begins(folder: Path) -> None:
+    run = train(folder, "run", phases="head:9:1e-9,all:9:1e-9", patience=2, learning_rate=1e-9, averaging="none")
+    epochs = [event for event in events(run.folder) if event["event"] == "epoch"]
+    assert [event["best_epoch"] for event in epochs] == [0, 0, 0, 0]  # two in each phase
+
+
+def test_a_longer_resume_lengthens_the_last_phase(folder: Path) -> None:
+    train(folder, "run", phases="head:1,all:1")
+    run = finetune.train(output=folder.parent / "run", resume=True, epochs=4)
+    assert [event["epoch"] for event in events(run.folder) if event["event"] == "epoch"] == [1, 2, 3, 4]
+    assert from_yaml(run.folder / "config.yaml").phases == "head:1:1,all:3:1"
+    finetune.train(output=folder.parent / "run", resume=True)
+
+
+def test_the_average_of_the_ends_needs_the_start_after_a_resume_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"phases": "", "epochs": 3, "averaging": "ends"}
+    whole = train(folder, "whole", **options)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        with pytest.raises(SystemExit):
+            train(folder, "parts", **options)
+    parts = finetune.train(output=folder.parent / "parts", resume=True)
+    expected = load_file(whole.folder / "model.safetensors")
+    found = load_file(parts.folder / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_state_of_another_format_is_refused_and_left_alone(folder: Path) -> None:
+    run = train(folder, "run", phases="head:1")
+    last = max((run.folder / "checkpoints").glob("step-*"))
+    values = json.loads((last / "state.json").read_text()) | {"format_number": 1}
+    (last / "state.json").write_text(json.dumps(values))
+    manifest = json.loads((last / "manifest.json").read_text())
+    data = (last / "state.json").read_bytes()
+    manifest["state.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (last / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match="has format 1, where this version reads 2"):
+        finetune.train(output=run.folder, resume=True, epochs=2)
+    assert last.is_dir()

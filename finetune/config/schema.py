@@ -84,13 +84,13 @@ class TrainConfig:
     cutmix: float = 0.0
     """Put a piece of another training image into every one; the alpha of CutMix (Yun 2019, arXiv 1905.04899), usually
     1; 0 does not. With --mixup either comes at random."""
-    phases: str = ""
+    phases: Annotated[str, tyro.conf.arg(metavar="PHASES")] = ""
     """Train in phases, each from the best weights so far: "head:5,all:10:0.1" is 5 epochs of the head, then 10 of all
     layers at a tenth of the rates; top2 stands for the head and two stages below it, gradual:2 frees one stage more
     every 2 epochs (Howard 2018, arXiv 1801.06146). Takes the place of what the scenario freezes, and of --epochs."""
     epochs: int | Auto = "auto"
     """Passes over the training images; auto is 0 where the solved head is all that learns."""
-    budget: str = ""
+    budget: Annotated[str, tyro.conf.arg(metavar="TIME")] = ""
     """Time that the whole run may take, such as 90s, 10m or 2h: the first steps are measured, epochs and, where that is
     "auto", image size are made to fit, and the best so far is there in time."""
     batch_size: int = 32
@@ -138,6 +138,8 @@ class TrainConfig:
     imbalance: Literal["none", "class-weights", "balanced-sampling"] = "none"
     """Weigh the loss by class, or draw every class equally often, where some classes have many more images."""
 
+    tracker: Literal["none", "tensorboard", "mlflow", "wandb", "trackio"] = "none"
+    """Log every epoch to this experiment tracker too, if it is installed; TensorBoard's files lie in the run folder."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -66,6 +66,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def tensorboard(self) -> Path:
+        """Events for TensorBoard, where they were asked for."""
+        return self.path / "tensorboard"
+
+    @property
     def plots(self) -> Path:
         """Curves, confusion matrix and samples."""
         return self.path / "plots"

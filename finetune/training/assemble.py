@@ -38,7 +38,9 @@ from finetune.training.progress import Progress
 from finetune.training.start import is_studied, start_network
 from finetune.training.step import Learner
 
-FREE_TO_CHANGE = frozenset({"data", "output", "overwrite", "resume", "epochs", "budget", "workers", "device"})
+FREE_TO_CHANGE = frozenset(
+    {"data", "output", "overwrite", "resume", "epochs", "budget", "tracker", "workers", "device"}
+)
 """Options that a resume may be given anew."""
 OTHER_IMAGES = "the images are not those that training began with"
 ANEW = "train anew with another --output"
@@ -98,7 +100,7 @@ class Job:
         """
         if self.budget is None or self.plan.epochs == 0:
             return
-        pace = measure_pace(self.learner, self.batches.loaders)
+        pace = measure_pace(self.learner, self.batches.loaders, left=self.budget.left)
         epochs = self.budget.epochs(pace, most=self.plan.epochs)
         self.reporter.say(
             f"Budget of {self.budget.seconds:.0f} s: {epochs} of {self.plan.epochs} epochs of {pace.later_epoch:.1f} s "

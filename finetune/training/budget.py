@@ -20,7 +20,8 @@ from finetune.training.loop import evaluate_loss
 from finetune.training.progress import Progress
 from finetune.training.step import Learner, train_step
 
-MEASURED_STEPS = 4  # after one to warm up
+MEASURED_STEPS = 4  # after one to warm up, if they do not take too long
+MEASURED_SHARE = 0.03  # of the time left that each of two measurements may take, but for its first two steps
 MEASURED_IMAGES = 8
 ENDING_SECONDS = 4.0  # to score the model, write it and draw the plots, beside one pass over the held-out images
 USABLE = 0.9  # of the time left when the epochs are planned: a machine is not always as fast as it was measured
@@ -102,8 +103,10 @@ class Budget:
         return min(most, fitting)
 
 
-def measure_pace(learner: Learner, loaders: dict[str, DataLoader[Any]]) -> Pace:
+def measure_pace(learner: Learner, loaders: dict[str, DataLoader[Any]], *, left: float) -> Pace:
     """Take the first steps twice and undo them; the second time images come from wherever the first has put them.
+
+    With less time `left`, in seconds, fewer steps are taken.
 
     The learner's optimiser and schedule are used up by it; its network and the random generators are as before.
     """
@@ -116,11 +119,13 @@ def measure_pace(learner: Learner, loaders: dict[str, DataLoader[Any]]) -> Pace:
         sampler = loaders["train"].batch_sampler
         if isinstance(sampler, EpochSampler):
             sampler.start(0)
-        taken, started = 0, 0.0
+        began, taken, started = time.monotonic(), 0, 0.0
         for batch in itertools.islice(readable(train_batches), MEASURED_STEPS + 1):
             train_step(learner, batch)
             started = started or time.monotonic()
             taken += 1
+            if taken > 1 and time.monotonic() - began > MEASURED_SHARE * left:
+                break
         seconds.append((time.monotonic() - started) / max(taken - 1, 1))
     started = time.monotonic()
     validated = evaluate_loss(learner, itertools.islice(valid_batches, MEASURED_STEPS)).images

@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 
 from finetune.data.csv_files import write_csv
 from finetune.data.loaders import readable, worker_faults
@@ -16,6 +17,7 @@ from finetune.training.checkpoint import Checkpointer
 from finetune.training.loop import run_epochs
 from finetune.training.progress import Watcher
 from finetune.training.stopping import EarlyStopping, Interruption
+from finetune.training.tracking import Tracking
 from finetune.training.watchers import EpochRecorder, ProgressBar
 
 PREDICTION_COLUMNS = ("image_path", "split", "label", "predicted", "probability")
@@ -34,9 +36,12 @@ def run_job(job: Job, reporter: Reporter) -> dict[str, Scores]:
         StorageError: The disk has refused several saves.
     """
     started = time.monotonic()
-    with worker_faults(), Interruption() as interruption:
+    with worker_faults(), Interruption() as interruption, ExitStack() as stack:
+        tracking = None
+        if job.config.tracker != "none":
+            tracking = stack.enter_context(closing(Tracking(job.config.tracker, job.run, job.config)))
         while True:
-            _run_phase(job, interruption, reporter)
+            _run_phase(job, interruption, tracking, reporter)
             if job.is_last_phase or (interruption.received is not None and job.progress.stop_reason):
                 break
             job.progress.next_phase()
@@ -50,7 +55,7 @@ def run_job(job: Job, reporter: Reporter) -> dict[str, Scores]:
     return _write_results(job, reporter)
 
 
-def _run_phase(job: Job, interruption: Interruption, reporter: Reporter) -> None:
+def _run_phase(job: Job, interruption: Interruption, tracking: Tracking | None, reporter: Reporter) -> None:
     _tell_what_learns(job, reporter)
     checkpointer = Checkpointer(job.run, job.learner, identity=job.identity(), reporter=reporter)
     watchers: list[Watcher] = [EpochRecorder(job.run), interruption, ProgressBar(reporter)]
@@ -59,6 +64,8 @@ def _run_phase(job: Job, interruption: Interruption, reporter: Reporter) -> None
         watchers.append(stopping)
         if job.progress.epoch:
             stopping.epoch_ended(job.progress)  # a resume of a training that had stopped early
+    if tracking:
+        watchers.append(tracking)
     if job.budget:
         watchers.append(job.budget)
     # The checkpointer comes last: what it saves includes what the others have done.

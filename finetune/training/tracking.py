@@ -1,0 +1,65 @@
+"""The epochs of a training sent to an experiment tracker, by way of accelerate."""
+
+import math
+from dataclasses import asdict
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from accelerate import Accelerator
+
+from finetune.config.schema import TrainConfig
+from finetune.errors import MissingExtraError
+from finetune.runs.folder import RunFolder
+from finetune.training.progress import Progress
+
+TrackerName = Literal["tensorboard", "mlflow", "wandb", "trackio"]
+PROJECT = "finetune"
+
+
+class Tracking:
+    """A watcher that logs the scores of every epoch under its number; the scores of the start are those of epoch 0.
+
+    TensorBoard's files lie in the run folder; the others keep theirs where their own settings say.
+
+    Raises:
+        MissingExtraError: The tracker is not installed.
+    """
+
+    def __init__(self, name: TrackerName, run: RunFolder, config: TrainConfig) -> None:
+        if find_spec(name) is None:
+            extra = ' (or pip install "finetune[tensorboard]")' if name == "tensorboard" else ""
+            raise MissingExtraError(f"--tracker {name} needs the package {name}", f"pip install {name}{extra}")
+        self.accelerator = Accelerator(cpu=True, log_with=name, project_dir=run.path)
+        values = {option: value if _is_plain(value) else str(value) for option, value in asdict(config).items()}
+        own: dict[str, dict[str, Any]] = {
+            "mlflow": {"run_name": run.path.name},
+            "wandb": {"name": run.path.name},
+            "trackio": {"name": run.path.name},
+        }
+        project = run.tensorboard.name if name == "tensorboard" else PROJECT
+        self.accelerator.init_trackers(project, config=values, init_kwargs={name: own.get(name, {})})
+
+    def epoch_started(self, progress: Progress) -> None:
+        """Log the scores of the start, before the first epoch."""
+        if progress.is_new:
+            history = progress.history
+            self._log({"valid_loss": history.start_loss, "valid_accuracy": history.start_accuracy}, 0)
+
+    def step_ended(self, progress: Progress) -> None:
+        """Nothing to do."""
+
+    def epoch_ended(self, progress: Progress) -> None:
+        """Log the scores of the epoch."""
+        self._log({name: values[-1] for name, values in progress.history.series().items()}, progress.epoch)
+
+    def close(self) -> None:
+        """Write what is left."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    def _log(self, values: dict[str, float], epoch: int) -> None:
+        self.accelerator.log({name: value for name, value in values.items() if math.isfinite(value)}, step=epoch)
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, bool | int | float | str)

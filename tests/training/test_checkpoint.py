@@ -270,3 +270,84 @@ def test_the_optimiser_of_other_parameters_is_refused(run: RunFolder, make_learn
     other.optimizer = torch.optim.AdamW(other.model.fc.parameters())
     with pytest.raises(RunError, match="other parameters"):
         restore_state(read_state(run, Heard()), copy.copy(other), is_longer=False)  # type: ignore[arg-type]
+
+
+class Killed(BaseException):
+    """Stands in for a kill: nothing that cleans up after an ordinary error sees it."""
+
+
+def count_and_kill(patch: pytest.MonkeyPatch, at: int) -> list[str]:
+    """Let the `at`-th write, fsync, rename or replace, counted from 0, be the last thing that happens."""
+    happened: list[str] = []
+
+    def deadly(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*arguments: Any, **options: Any) -> Any:
+            if len(happened) >= at:
+                raise Killed
+            happened.append(name)
+            return call(*arguments, **options)
+
+        return act
+
+    open_file = Path.open
+
+    def open_deadly(self: Path, *arguments: Any, **options: Any) -> Any:
+        file = open_file(self, *arguments, **options)
+        mode = arguments[0] if arguments else options.get("mode", "r")
+        if "w" in mode:
+            return DeadlyFile(file, deadly(f"write {self.name}", file.write))
+        return file
+
+    patch.setattr(Path, "open", open_deadly)
+    patch.setattr(os, "fsync", deadly("fsync", os.fsync))
+    for name in ("rename", "replace"):
+        patch.setattr(Path, name, deadly(name, getattr(Path, name)))
+    return happened
+
+
+class DeadlyFile:
+    """A file whose writing is `write`."""
+
+    def __init__(self, file: Any, write: Callable[..., Any]) -> None:
+        self.file, self.write = file, write
+
+    def __enter__(self) -> "DeadlyFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def test_a_kill_at_any_write_fsync_or_rename_of_a_save_leaves_one_to_go_on_from(
+    tmp_path: Path, make_learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deaths, at, is_whole = [], 0, False
+    while not is_whole:
+        run = RunFolder(tmp_path / str(at))
+        run.path.mkdir()
+        learner = make_learner()
+        progress = train(learner, run, Progress(), epochs=1)
+        before = progress.global_step
+        with monkeypatch.context() as patch:
+            happened = count_and_kill(patch, at)
+            progress.global_step += 3
+            try:
+                checkpoint.write_state(run, learner, progress, identity=IDENTITY)
+                is_whole = True
+            except Killed:
+                deaths.append(happened[-1] if happened else "nothing")
+        state = read_state(run, Heard())  # type: ignore[arg-type]
+        found = state.values["progress"]["global_step"]
+        assert found in (before, progress.global_step)
+        assert found == before or "rename" in happened
+        resumed = make_learner(seed=7)
+        train(
+            resumed, run, restore_state(state, resumed, is_longer=False), epochs=2
+        )  # what the kill left lying about is in nobody's way
+        assert not list(run.checkpoints.glob(".*"))
+        at += 1
+    assert len(deaths) > 14
+    assert {"fsync", "rename", "replace"} <= {death.split()[0] for death in deaths}

@@ -13,6 +13,7 @@ from finetune.advice.measure import measure
 from finetune.config import TrainConfig, from_yaml, starting_point, with_options
 from finetune.data.check import Diagnosis, require_classes, require_trainable
 from finetune.data.listing import Listing, list_images
+from finetune.data.loaders import worker_faults
 from finetune.data.named import WrittenData, write_named
 from finetune.data.read import read_images
 from finetune.data.scan import require_few_bad
@@ -110,8 +111,10 @@ def find_learning_rate(
     Raises:
         ConfigError, DataError, ModelError, RunError: Something given cannot be used; the message says what to do.
     """
-    reporter = reporter or LoggingReporter()
-    with _opened_run(_whole_config(data, config, options)) as (whole, listing, run):
+    reporter, asked = reporter or LoggingReporter(), _whole_config(data, config, options)
+    if asked.resume:
+        raise ConfigError("a training that has begun keeps its rates", "look for a rate without --resume")
+    with _opened_run(asked) as (whole, listing, run):
         with closing(assemble(whole, run, listing, reporter, began=time.monotonic())) as job:
             sweep = sweep_rates(job.learner, job.batches.loaders, reporter=reporter)
         run.record("rate_sweep", asdict(sweep))
@@ -138,7 +141,7 @@ def _opened_run(config: TrainConfig) -> Iterator[tuple[TrainConfig, Listing, Run
     assert config.output is not None
     if Path(config.data).is_dir() and config.output.resolve().is_relative_to(listing.root.resolve()):
         raise ConfigError(f"the run folder {config.output} lies inside DATA", "name an --output outside of it")
-    with open_run(config.output, resume=config.resume, overwrite=config.overwrite) as run:
+    with open_run(config.output, resume=config.resume, overwrite=config.overwrite) as run, worker_faults():
         yield config, listing, run
 
 

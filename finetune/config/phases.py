@@ -41,7 +41,7 @@ def _parse(part: str) -> Phase:
         rate_share = float(share)
     except ValueError:
         rate_share = 0.0
-    if not 0 < rate_share < float("inf") or epochs == "0":
+    if not 0 < rate_share < float("inf") or int(epochs) == 0:
         raise ConfigError(f"{part.strip()!r} asks for no epochs or no rate", EXAMPLE)
     is_count = learning.startswith("top")
     return Phase(

@@ -188,7 +188,8 @@ class TrainConfig:
             f"--workers must be 0 or more, got {self.workers}": self.workers != "auto" and self.workers < 0,
             f"--phases: {_fault(parse_phases, self.phases)}": bool(_fault(parse_phases, self.phases)),
             f"--budget: {_fault(parse_seconds, self.budget)}": bool(_fault(parse_seconds, self.budget)),
-            "--budget plans the epochs of one phase, not of several --phases": bool(self.budget and self.phases),
+            "--budget plans the epochs of one phase, not of several --phases": bool(self.budget and self.phases)
+            and not self.resume,
             "--phases says how many epochs there are and what learns: leave out --epochs, --feature-extract and --head "
             "knn": bool(self.phases)
             and not self.resume

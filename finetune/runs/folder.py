@@ -226,6 +226,18 @@ def _empty(path: Path) -> None:
             entry.unlink()
 
 
+def is_training(run: RunFolder) -> bool:
+    """Tell whether a process is at work in the run folder."""
+    try:
+        with (run.path / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Hold `.lock`; the kernel lets go of it when the process ends, however it ends."""

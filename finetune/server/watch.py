@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune.errors import ConfigError, RunError
 from finetune.runs import strict_json
-from finetune.runs.folder import RunFolder
+from finetune.runs.folder import RunFolder, is_training
 
 PAGE = files("finetune.server") / "watch_page"
 PAGE_FILES = {
@@ -53,10 +53,14 @@ def curves(run: Path) -> dict[str, Any]:
     """Return the epochs of a run folder: its name, the number of each epoch, and a list for each of `SERIES`.
 
     Epoch 0 is the start, which has no training scores. `best_epoch` is the one whose weights are kept so far, and
-    `is_finished` says that the model is written.
+    `state` is "training", "finished", "stopped" or what is wrong with the folder.
     """
     folder = RunFolder(run)
-    events = folder.events()
+    try:
+        events = folder.events()
+        state = "training" if is_training(folder) else "finished" if folder.model.exists() else "stopped"
+    except (RunError, OSError) as error:
+        events, state = [], str(error)
     epochs = [event | {"epoch": 0} for event in events if event["event"] == "start"]
     epochs += [event for event in events if event["event"] == "epoch"]
     return {
@@ -64,7 +68,7 @@ def curves(run: Path) -> dict[str, Any]:
         "epochs": [event["epoch"] for event in epochs],
         **{name: [event.get(name) for event in epochs] for name in SERIES},
         "best_epoch": epochs[-1].get("best_epoch") if epochs else None,
-        "is_finished": folder.model.exists(),
+        "state": state,
     }
 
 

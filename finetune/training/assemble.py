@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from finetune.config.durations import parse_seconds
+from finetune.config.phases import parse_phases
 from finetune.config.schema import OPTION_NAMES, TrainConfig
 from finetune.config.yaml_io import to_yaml
 from finetune.data.check import require_trainable
@@ -33,15 +34,15 @@ from finetune.training.batches import Batches
 from finetune.training.budget import Budget, measure_pace
 from finetune.training.checkpoint import SavedState, read_state, restore_state
 from finetune.training.phase import build_learner, freeze_and_load
-from finetune.training.plan import Plan, phases_text
+from finetune.training.plan import Plan, phases_text, plan_phases
 from finetune.training.progress import Progress
 from finetune.training.start import is_studied, start_network
 from finetune.training.step import Learner
 
 FREE_TO_CHANGE = frozenset(
-    {"data", "output", "overwrite", "resume", "epochs", "budget", "tracker", "workers", "device"}
+    {"data", "output", "overwrite", "resume", "phases", "epochs", "budget", "tracker", "workers", "device"}
 )
-"""Options that a resume may be given anew."""
+"""Options that a resume may be given anew, phases within limits of their own."""
 OTHER_IMAGES = "the images are not those that training began with"
 ANEW = "train anew with another --output"
 
@@ -93,7 +94,7 @@ class Job:
         self.learner = self._build_learner()
 
     def fit_budget(self) -> None:
-        """Plan as many epochs as there is time for, by the pace of the first steps.
+        """Plan as many epochs as there is time for, by the pace of the first steps; a resume keeps those it has.
 
         Raises:
             ImageError, DataError: A file can no longer be read, or has changed.
@@ -101,19 +102,23 @@ class Job:
         if self.budget is None or self.plan.epochs == 0:
             return
         pace = measure_pace(self.learner, self.batches.loaders, left=self.budget.left)
-        epochs = self.budget.epochs(pace, most=self.plan.epochs)
-        self.reporter.say(
-            f"Budget of {self.budget.seconds:.0f} s: {epochs} of {self.plan.epochs} epochs of {pace.later_epoch:.1f} s "
-            f"at {self.backbone.input_spec.image_size_px} px; {self.budget.left:.0f} s are left."
-        )
-        self.plans = (replace(self.plan, epochs=epochs),)
+        fitting = self.budget.fit(pace, most=self.plan.epochs)
+        if not self.config.resume:
+            # A random head needs what there is: a part of an epoch, if need be.
+            epochs = max(fitting, 1) if self.plan.head_start == "random" else fitting
+            self.reporter.say(
+                f"Budget of {self.budget.seconds:.0f} s: {epochs} of {self.plan.epochs} epochs of "
+                f"{pace.later_epoch:.1f} s at {self.backbone.input_spec.image_size_px} px; "
+                f"{self.budget.left:.0f} s are left."
+            )
+            self.plans = (replace(self.plan, epochs=epochs),)
         self.learner = self._build_learner()
 
     def _build_learner(self) -> Learner:
         learner = build_learner(
             self.config, self.plan, self.backbone, self.batches, device=self.device, reporter=self.reporter
         )
-        learner.averages_ends &= self.is_last_phase
+        learner.averages_ends = learner.keeps_start and self.is_last_phase
         return learner
 
     def close(self) -> None:
@@ -147,6 +152,7 @@ def assemble(config: TrainConfig, run: RunFolder, listing: Listing, reporter: Re
         job, saved = _saved_job(config, run, listing, device, reporter)
         job.budget = budget
         job.enter_phase()
+        job.fit_budget()
         saved_plan = saved.values["identity"]["plans"][job.progress.phase]
         job.progress = restore_state(saved, job.learner, is_longer=job.plan.epochs > saved_plan["epochs"])
         _forget_later_events(run, saved)
@@ -177,7 +183,7 @@ def _new_job(
 ) -> Job:
     backbone = _network(config, listing, device)
     if budget and config.image_size == "auto":
-        backbone = _in_time(config, listing, backbone, budget, device)
+        config, backbone = _in_time(config, listing, backbone, budget, device)
     with ExitStack() as stack:
         trunk_pass = None
         if is_studied(config, backbone):
@@ -202,8 +208,8 @@ def _new_job(
 
 def _in_time(
     config: TrainConfig, listing: Listing, backbone: Backbone, budget: Budget, device: torch.device
-) -> Backbone:
-    """Return the network for images as large as there is time for."""
+) -> tuple[TrainConfig, Backbone]:
+    """Return the config and the network for images as large as there is time for."""
     spec = backbone.input_spec
     size_px = budget.image_size(
         backbone.module,
@@ -213,11 +219,12 @@ def _in_time(
         device=device,
     )
     if size_px == spec.image_size_px:
-        return backbone
+        return config, backbone
+    sized = replace(config, image_size=size_px)
     try:
-        return _network(replace(config, image_size=size_px), listing, device)
+        return sized, _network(sized, listing, device)
     except ModelError:
-        return backbone  # it takes images of one size only
+        return config, backbone  # it takes images of one size only
 
 
 def _saved_job(
@@ -228,6 +235,8 @@ def _saved_job(
     identity = saved.values["identity"]
     _refuse_changes(config, identity["options"], run)
     backbone = _network(config, listing, device, is_filled_later=True)
+    plans = _saved_plans(config, identity["plans"])
+    _refuse_other_phases(config, plans, backbone, run)
     table, label_map = _images(config, run, listing, onlooker=None, reporter=reporter)
     if identity["data_fingerprint"] != table.fingerprint():
         raise RunError(f"{run.path} cannot be resumed: {OTHER_IMAGES}", ANEW)
@@ -238,7 +247,7 @@ def _saved_job(
         table=table,
         label_map=label_map,
         backbone=replace(backbone, weights=identity["pretrained_weights"]),
-        plans=_saved_plans(config, identity["plans"]),
+        plans=plans,
         device=device,
         reporter=reporter,
         progress=Progress(phase=saved.values["progress"]["phase"]),
@@ -344,7 +353,7 @@ def _resolved(config: TrainConfig, job: Job) -> TrainConfig:
         trunk_learning_rate=plan.trunk_learning_rate,
         depth_ratio=plan.depth_ratio,
         weight_decay=plan.weight_decay,
-        workers=job.batches.workers,
+        workers=job.batches.workers if len(job.plans) == 1 else config.workers,  # a later phase may need others
         resume=False,
         overwrite=False,
         **values,
@@ -369,6 +378,19 @@ def _refuse_changes(config: TrainConfig, options: dict[str, Any], run: RunFolder
     ]
     if changes:
         raise RunError(f"{run.path} cannot be resumed: {'; '.join(changes)}", ANEW)
+
+
+def _refuse_other_phases(config: TrainConfig, plans: tuple[Plan, ...], backbone: Backbone, run: RunFolder) -> None:
+    """Compare the phases as they were given with the saved ones; only the length of the last may differ."""
+    names = [stage.name for stage in backbone.stages]
+
+    def lasting(phases: tuple[Plan, ...]) -> str:
+        return phases_text((*phases[:-1], replace(phases[-1], epochs=0)), names)
+
+    if lasting(plan_phases(plans[0], parse_phases(config.phases), names)) != lasting(plans):
+        raise RunError(
+            f"{run.path} cannot be resumed: --phases was {phases_text(plans, names)!r} and is {config.phases!r}", ANEW
+        )
 
 
 def _forget_later_events(run: RunFolder, saved: SavedState) -> None:

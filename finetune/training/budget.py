@@ -18,25 +18,29 @@ from finetune.errors import ConfigError
 from finetune.models.device import as_inputs
 from finetune.training.loop import evaluate_loss
 from finetune.training.progress import Progress
-from finetune.training.step import Learner, train_step
+from finetune.training.step import Learner, train_step, undone
 
 MEASURED_STEPS = 4  # after one to warm up, if they do not take too long
 MEASURED_SHARE = 0.03  # of the time left that each of two measurements may take, but for its first two steps
 MEASURED_IMAGES = 8
 ENDING_SECONDS = 4.0  # to score the model, write it and draw the plots, beside one pass over the held-out images
 USABLE = 0.9  # of the time left when the epochs are planned: a machine is not always as fast as it was measured
-SIZE_SHARES = (1.0, 0.75, 0.5)
+SMALLER_SHARES = (0.75, 0.5)  # of the side that an image has by default
 SIZE_STEP_PX = 32  # by which most networks divide the side of an image
 FORWARDS_AN_EPOCH = 3  # forward and backward of everything take about as long as three times forward
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """What an epoch takes in seconds: the first, in which images are decoded, a later one, and a validation."""
+    """What an epoch takes in seconds: the first, in which images are decoded, and a later one, with its validation.
+
+    `scoring` is what scoring all that is held out takes, once in the end.
+    """
 
     first_epoch: float
     later_epoch: float
     validation: float
+    scoring: float
 
 
 class Budget:
@@ -81,10 +85,11 @@ class Budget:
             started = time.monotonic()
             float(network(*inputs).sum())  # waits for a GPU
         look = (time.monotonic() - started) / MEASURED_IMAGES * images
-        sizes = [size_px, *(round(share * size_px / SIZE_STEP_PX) * SIZE_STEP_PX for share in SIZE_SHARES[1:])]
+        smaller = (round(share * size_px / SIZE_STEP_PX) * SIZE_STEP_PX for share in SMALLER_SHARES)
+        sizes = [size_px, *(size for size in smaller if SIZE_STEP_PX <= size < size_px)]
         affordable = self.left - self.ending
         for size in sizes:
-            if size and look * (size / size_px) ** 2 * (1 + FORWARDS_AN_EPOCH) <= affordable:
+            if look * (size / size_px) ** 2 * (1 + FORWARDS_AN_EPOCH) <= affordable:
                 return size
         least = look * (sizes[-1] / size_px) ** 2
         if least > affordable:
@@ -95,9 +100,9 @@ class Budget:
             )
         return sizes[-1]
 
-    def epochs(self, pace: Pace, *, most: int) -> int:
-        """Return how many epochs of this `pace`, `most` at most, there is time for."""
-        self.ending = ENDING_SECONDS + pace.validation
+    def fit(self, pace: Pace, *, most: int) -> int:
+        """Return how many epochs of this `pace`, `most` at most, there is time for, and stop in time for their end."""
+        self.ending = ENDING_SECONDS + pace.validation + pace.scoring  # the last epoch may have to be cut short
         usable = (self.left - self.ending) * USABLE
         fitting = 1 + math.floor((usable - pace.first_epoch) / pace.later_epoch) if usable >= pace.first_epoch else 0
         return min(most, fitting)
@@ -110,27 +115,30 @@ def measure_pace(learner: Learner, loaders: dict[str, DataLoader[Any]], *, left:
 
     The learner's optimiser and schedule are used up by it; its network and the random generators are as before.
     """
-    network = {name: tensor.detach().clone() for name, tensor in learner.network.state_dict().items()}
-    generator = torch.get_rng_state()
     train_batches, valid_batches = learner.accelerator.prepare(loaders["train"], loaders["valid"])
-    learner.model.train()
-    seconds, taken = [], 0
-    for _ in range(2):
-        sampler = loaders["train"].batch_sampler
-        if isinstance(sampler, EpochSampler):
-            sampler.start(0)
-        began, taken, started = time.monotonic(), 0, 0.0
-        for batch in itertools.islice(readable(train_batches), MEASURED_STEPS + 1):
-            train_step(learner, batch)
-            started = started or time.monotonic()
-            taken += 1
-            if taken > 1 and time.monotonic() - began > MEASURED_SHARE * left:
-                break
-        seconds.append((time.monotonic() - started) / max(taken - 1, 1))
-    started = time.monotonic()
-    validated = evaluate_loss(learner, itertools.islice(valid_batches, MEASURED_STEPS)).images
-    validation = (time.monotonic() - started) / validated * len(loaders["valid"].dataset)  # type: ignore[arg-type]
-    learner.network.load_state_dict(network)
-    torch.set_rng_state(generator)
+    with undone(learner) as trying:
+        seconds = []
+        for _ in range(2):
+            sampler = loaders["train"].batch_sampler
+            if isinstance(sampler, EpochSampler):
+                sampler.start(0)
+            times = [time.monotonic()]
+            for batch in itertools.islice(readable(train_batches), MEASURED_STEPS + 1):
+                train_step(trying, batch)
+                times.append(time.monotonic())
+                if len(times) > 2 and times[-1] - times[0] > MEASURED_SHARE * left:
+                    break
+            warm = times[1:] if len(times) > 2 else times  # of a single step the first is all there is
+            seconds.append((warm[-1] - warm[0]) / (len(warm) - 1))
+        started = time.monotonic()
+        validated = evaluate_loss(trying, itertools.islice(valid_batches, MEASURED_STEPS)).images
+        an_image = (time.monotonic() - started) / validated
+    images = {split: len(loader.dataset) for split, loader in loaders.items()}  # type: ignore[arg-type]
+    validation = an_image * images["valid"]
     first, later = (each * len(loaders["train"]) + validation for each in seconds)
-    return Pace(first_epoch=max(first, later), later_epoch=later, validation=validation)
+    return Pace(
+        first_epoch=max(first, later),
+        later_epoch=later,
+        validation=validation,
+        scoring=an_image * (images["valid"] + images.get("test", 0)),
+    )

@@ -81,7 +81,7 @@ class Checkpointer:
 
     def step_ended(self, progress: Progress) -> None:
         """Save when ten minutes have gone by, or when training is about to stop."""
-        if progress.stop_reason or time.monotonic() - self.saved_at > SAVE_EVERY_SECONDS:
+        if progress.is_interrupted or time.monotonic() - self.saved_at > SAVE_EVERY_SECONDS:
             self.save(progress)
 
     def epoch_ended(self, progress: Progress) -> None:
@@ -140,7 +140,7 @@ def write_state(run: RunFolder, learner: Learner, progress: Progress, *, identit
     }
     if learner.average:
         files["ema.safetensors"] = save(_packed(learner.average.module.state_dict()))
-    if learner.averages_ends:
+    if learner.keeps_start:
         files["start.safetensors"] = save(_packed(progress.start_weights))
     if progress.best_step != progress.global_step and not _step_folder(run, progress.best_step).exists():
         files["best.safetensors"] = save(_packed(progress.best_weights))  # its own save was refused or left out

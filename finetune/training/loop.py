@@ -102,12 +102,12 @@ def run_epochs(
                 watcher.step_ended(progress)
             if progress.stop_reason:
                 break
-        else:
+        if not progress.is_interrupted:
             _end_epoch(learner, valid_batches, progress=progress, seconds=time.monotonic() - started)
             for watcher in watchers:
                 watcher.epoch_ended(progress)
 
-    if learner.averages_ends and progress.history.best_epoch and progress.epoch == num_epochs:
+    if learner.averages_ends and progress.history.best_epoch and not progress.is_interrupted:
         _average_ends(learner, valid_batches, progress)
     learner.model = accelerator.unwrap_model(model)
     learner.network.load_state_dict(progress.best_weights)

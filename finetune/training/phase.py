@@ -85,7 +85,7 @@ def build_learner(
         finish=batches.finish,
         mix=mix,
         average=_average(config, backbone),
-        averages_ends=config.averaging == "ends",
+        keeps_start=config.averaging == "ends",
         parts=config.gradient_accumulation,
         reporter=reporter,
     )

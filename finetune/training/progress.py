@@ -81,6 +81,7 @@ class Progress:
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     start_weights: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     stop_reason: str = ""
+    is_interrupted: bool = False
     is_resumed: bool = False
     epochs: int = 0
     images_per_epoch: int = 0
@@ -155,7 +156,10 @@ class Progress:
 
 
 class Watcher(Protocol):
-    """Looks on while a model trains; setting `progress.stop_reason` ends the training at that point."""
+    """Looks on while a model trains; setting `progress.stop_reason` ends the training at that point.
+
+    What was trained of the epoch is scored then, unless `progress.is_interrupted` too: a resume will go on with it.
+    """
 
     def epoch_started(self, progress: Progress) -> None:
         """An epoch begins, or goes on where it was interrupted."""

@@ -1,19 +1,17 @@
 """A sweep of the learning rate over many sizes in one go, to see which one a training bears (Smith 2017)."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader
 
 from finetune.data.loaders import EpochSampler, readable
-from finetune.errors import DivergedError
+from finetune.errors import ConfigError, DivergedError
 from finetune.runs.reporting import Reporter
 from finetune.training.schedules import Schedule
-from finetune.training.step import Learner, train_step
+from finetune.training.step import Learner, train_step, undone
 
 STEPS = 100
 LOWEST_SHARE, HIGHEST_SHARE = 1e-4, 1e3
@@ -42,19 +40,22 @@ def sweep_rates(learner: Learner, loaders: dict[str, DataLoader[Any]], *, report
     All rates keep their proportions to each other. Small sets are gone through as often as it takes. The learner's
     optimiser and schedule are used up by it; its network and the random generators are as before.
 
+    Raises:
+        ConfigError: Nothing learns by gradient.
+
     Source: Smith 2017, Cyclical Learning Rates for Training Neural Networks, arXiv 1506.01186, section 3.3.
     """
-    network = {name: tensor.detach().clone() for name, tensor in learner.network.state_dict().items()}
-    generator = torch.get_rng_state()
     groups = learner.optimizer.param_groups
-    planned = [float(group["initial_lr"]) if "initial_lr" in group else float(group["lr"]) for group in groups]
-    still = replace(learner, schedule=Schedule.of(None, learner.optimizer), average=None)
+    if not any(group["params"] for group in groups):
+        raise ConfigError(
+            "nothing learns by gradient here, so that there is no rate to find", "train without --head knn"
+        )
+    planned = [float(group.get("initial_lr", group["lr"])) for group in groups]
     batches = _endless(learner.accelerator.prepare(loaders["train"]), loaders["train"].batch_sampler)
     rates: list[float] = []
     losses: list[float] = []
-    least = math.inf
-    still.model.train()
-    with reporter.progress("Rates", STEPS) as advance:
+    with undone(learner) as trying, reporter.progress("Rates", STEPS) as advance:
+        still = replace(trying, schedule=Schedule.of(None, learner.optimizer), average=None)
         for number, share in enumerate(np.geomspace(LOWEST_SHARE, HIGHEST_SHARE, STEPS)):
             for group, rate in zip(groups, planned, strict=True):
                 group["lr"] = rate * float(share)
@@ -65,12 +66,9 @@ def sweep_rates(learner: Learner, loaders: dict[str, DataLoader[Any]], *, report
             smooth = loss if not losses else SMOOTHING * losses[-1] + (1 - SMOOTHING) * loss
             rates.append(groups[0]["lr"])
             losses.append(smooth)
-            least = min(least, smooth)
             advance(1, f"rate {rates[-1]:.1e}  loss {smooth:.3f}")
-            if smooth > DIVERGED * least:
+            if smooth > DIVERGED * min(losses):
                 break
-    learner.network.load_state_dict(network)
-    torch.set_rng_state(generator)
     return RateSweep(rates=tuple(rates), losses=tuple(losses), suggestion=steepest(rates, losses))
 
 

@@ -1,12 +1,13 @@
 """A job carried through: train, score the best weights, and leave the run folder whole."""
 
+import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 
 from finetune.data.csv_files import write_csv
-from finetune.data.loaders import readable, worker_faults
+from finetune.data.loaders import readable
 from finetune.evaluation.infer import Predictions, predict_batches
 from finetune.evaluation.scores import Scores, score
 from finetune.models.freezing import stage_summary
@@ -36,17 +37,17 @@ def run_job(job: Job, reporter: Reporter) -> dict[str, Scores]:
         StorageError: The disk has refused several saves.
     """
     started = time.monotonic()
-    with worker_faults(), Interruption() as interruption, ExitStack() as stack:
+    with Interruption() as interruption, ExitStack() as stack:
         tracking = None
         if job.config.tracker != "none":
             tracking = stack.enter_context(closing(Tracking(job.config.tracker, job.run, job.config)))
         while True:
             _run_phase(job, interruption, tracking, reporter)
-            if job.is_last_phase or (interruption.received is not None and job.progress.stop_reason):
+            if job.is_last_phase or job.progress.is_interrupted:
                 break
             job.progress.next_phase()
             job.enter_phase()
-    if interruption.received is not None and job.progress.stop_reason:
+    if interruption.received is not None and job.progress.is_interrupted:
         reporter.say(f"Interrupted; the state is saved. Go on with: finetune train --output {job.run.path} --resume")
         if interruption.received == signal.SIGINT:
             raise KeyboardInterrupt
@@ -90,10 +91,11 @@ def _tell_what_learns(job: Job, reporter: Reporter) -> None:
 def _tell_the_end(job: Job, reporter: Reporter, *, seconds: float) -> None:
     history = job.progress.history
     if not len(history):
+        why = "there was no time for an epoch" if job.budget else "no epochs were asked for"
         what = {
-            "probe": "The head was solved on the frozen features; no epochs were asked for.",
+            "probe": f"The head was solved on the frozen features; {why}.",
             "neighbours": "The training images are kept as neighbours; nothing is trained.",
-            "random": "The head is random; no epochs were asked for.",
+            "random": f"The head is random; {why}.",
         }[job.plan.head_start]
         reporter.say(what)
         return
@@ -102,6 +104,10 @@ def _tell_the_end(job: Job, reporter: Reporter, *, seconds: float) -> None:
     start = "the solved head, the linear probe" if job.plan.head_start == "probe" else "the start"
     kept = f"epoch {history.best_epoch}" if history.best_epoch else f"{start}: no epoch of fine-tuning improved on it"
     reporter.say(f"Trained for {seconds:.0f} s; kept {kept} (validation accuracy {history.best_accuracy:.1%}).")
+    if not math.isnan(history.ends_accuracy):
+        verdict = "kept in its place" if history.ends_accuracy >= history.best_accuracy else "not kept"
+        reporter.say(f"The mean of it and the start reaches {history.ends_accuracy:.1%} and is {verdict}.")
+        job.run.record("average_of_ends", {"valid_accuracy": history.ends_accuracy})
 
 
 def _write_results(job: Job, reporter: Reporter) -> dict[str, Scores]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,8 +47,9 @@ class Learner:
 
     `network` is the whole of which `model` may be the part above a cut; its weights are what is kept and saved.
     `finish` makes images of the drafts in a training batch, where batches hold drafts. `mix` blends images with each
-    other, `average` follows the weights; with `averages_ends` the mean of start and best is tried in the end. A batch
-    is computed in `parts`, whose gradients are added up.
+    other, `average` follows the weights. With `keeps_start` the weights of the start are saved, and with
+    `averages_ends` their mean with the best ones is tried in the end. A batch is computed in `parts`, whose gradients
+    are added up.
     """
 
     model: nn.Module
@@ -61,6 +62,7 @@ class Learner:
     finish: Callable[[Sequence[Draft]], torch.Tensor] | None = None
     mix: Mix | None = None
     average: ModelEmaV3 | None = None
+    keeps_start: bool = False
     averages_ends: bool = False
     parts: int = 1
     reporter: Reporter = field(default_factory=LoggingReporter)
@@ -86,6 +88,22 @@ class Learner:
             self.network.load_state_dict(own)
 
 
+@contextmanager
+def undone(learner: Learner) -> Iterator[Learner]:
+    """Give a learner in train mode whose steps are for trying: network and random generators are then as before.
+
+    Its optimiser and schedule are used up.
+    """
+    weights = {name: tensor.detach().clone() for name, tensor in learner.network.state_dict().items()}
+    device, optimizer = learner.accelerator.device, learner.optimizer
+    if learner.accelerator.scaler is not None:
+        optimizer = learner.accelerator.prepare(optimizer)  # which takes the scale out of the gradients
+    learner.model.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield replace(learner, optimizer=optimizer)
+    learner.network.load_state_dict(weights)
+
+
 def train_step(learner: Learner, batch: Sequence[Any], *, step: int = 1) -> tuple[float, int, int]:
     """Take one optimiser step, the `step`-th; return the mean loss, the right predictions and the images of `batch`.
 
@@ -101,14 +119,14 @@ def train_step(learner: Learner, batch: Sequence[Any], *, step: int = 1) -> tupl
     if learner.mix:
         inputs, targets = learner.mix(inputs, class_indices_B, step=step)
     while True:
-        generator = torch.get_rng_state()
+        restore = _snapshot(learner)
         try:
             loss, right = _add_gradients(learner, inputs, targets, batch, step)
             break
         except RuntimeError as error:
             if not should_reduce_batch_size(error) or learner.parts >= len(class_indices_B):
                 raise
-            torch.set_rng_state(generator)
+        restore()
         _halve_parts(learner)  # here, where the failed attempt's tensors are gone
     parameters = learner.learning_parameters()
     if learner.max_grad_norm:
@@ -129,16 +147,17 @@ def _add_gradients(
 ) -> tuple[float, int]:
     """Return the mean loss and the right predictions of a batch; its gradient lies in the parameters then."""
     learner.optimizer.zero_grad()
-    whole = _weight(learner.criterion, targets)
-    mean, right = 0.0, 0
     parts = min(learner.parts, len(targets))
+    whole = _weight(learner.criterion, targets) if parts > 1 else 1.0
+    mean, right = 0.0, 0
     for *part, targets_B in zip(*(tensor.tensor_split(parts) for tensor in (*inputs, targets)), strict=True):
         with _lone_image_guard(learner.model, len(targets_B)):
             with learner.accelerator.autocast():
                 outputs = learner.model(*part)
             outputs = convert_to_fp32(outputs)
             loss = total_loss(outputs, targets_B, learner.criterion)
-        loss = loss * (_weight(learner.criterion, targets_B) / whole)
+        if parts > 1:
+            loss = loss * (_weight(learner.criterion, targets_B) / whole)
         _require_finite(loss, f"loss of step {step}", learner, batch)
         learner.accelerator.backward(loss)
         mean += loss.item()
@@ -153,6 +172,27 @@ def _weight(criterion: nn.Module, targets: torch.Tensor) -> float:
     if weights_K is None or targets.ndim == 2 or isinstance(criterion, nn.MultiMarginLoss):
         return len(targets)
     return float(weights_K[targets].sum())
+
+
+def _snapshot(learner: Learner) -> Callable[[], None]:
+    """Return what takes back all that an attempt at a batch moves: statistics of BatchNorm and random generators."""
+    buffers = [
+        (buffer, buffer.clone())
+        for module in learner.model.modules()
+        if isinstance(module, _BatchNorm) and module.training
+        for buffer in module.buffers()
+    ]
+    on_cuda = learner.accelerator.device.type == "cuda"
+    generators = (torch.get_rng_state(), torch.cuda.get_rng_state() if on_cuda else None)
+
+    def restore() -> None:
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        torch.set_rng_state(generators[0])
+        if generators[1] is not None:
+            torch.cuda.set_rng_state(generators[1])
+
+    return restore
 
 
 def _halve_parts(learner: Learner) -> None:

@@ -53,7 +53,7 @@ class Interruption:
     def step_ended(self, progress: Progress) -> None:
         """Stop if a signal has come."""
         if self.received is not None:
-            progress.stop_reason = f"{self.received.name} received"
+            progress.stop_reason, progress.is_interrupted = f"{self.received.name} received", True
 
     epoch_ended = step_ended
 

@@ -29,7 +29,7 @@ class Tracking:
         if find_spec(name) is None:
             extra = ' (or pip install "finetune[tensorboard]")' if name == "tensorboard" else ""
             raise MissingExtraError(f"--tracker {name} needs the package {name}", f"pip install {name}{extra}")
-        self.accelerator = Accelerator(cpu=True, log_with=name, project_dir=run.path)
+        self.accelerator = Accelerator(log_with=name, project_dir=run.path)
         values = {option: value if _is_plain(value) else str(value) for option, value in asdict(config).items()}
         own: dict[str, dict[str, Any]] = {
             "mlflow": {"run_name": run.path.name},

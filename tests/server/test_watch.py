@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from finetune.errors import ConfigError, RunError
-from finetune.runs.folder import RunFolder
+from finetune.runs.folder import RunFolder, open_run
 from finetune.server.watch import curves, watch_server
 
 
@@ -69,9 +69,12 @@ def test_the_curves_are_those_of_the_metrics(runs: list[Path]) -> None:
     assert found["epochs"] == [0, 1, 2, 3]
     assert found["train_loss"] == [None, 0.75, 0.5, 0.375]
     assert found["valid_accuracy"] == [0.25, 0.7, 0.8, 0.85]
-    assert (found["best_epoch"], found["is_finished"]) == (3, False)
+    assert (found["best_epoch"], found["state"]) == (3, "stopped")
     (runs[0] / "model.safetensors").touch()
-    assert curves(runs[0])["is_finished"]
+    assert curves(runs[0])["state"] == "finished"
+    (runs[0] / "config.yaml").touch()
+    with open_run(runs[0], resume=True, overwrite=False):
+        assert curves(runs[0])["state"] == "training"
     assert curves(runs[2])["epochs"] == []
 
 
@@ -79,6 +82,14 @@ def test_the_answer_follows_the_training(server: ThreadingHTTPServer, runs: list
     assert [len(run["epochs"]) for run in json.loads(ask(server, "/runs.json")[2])] == [4, 5, 0]
     write_epoch(runs[2], 1)
     assert [len(run["epochs"]) for run in json.loads(ask(server, "/runs.json")[2])] == [4, 5, 1]
+
+
+def test_a_damaged_run_does_not_hide_the_others(server: ThreadingHTTPServer, runs: list[Path]) -> None:
+    (runs[1] / "metrics.jsonl").write_text("no json\n")
+    first, second, _ = json.loads(ask(server, "/runs.json")[2])
+    assert first["epochs"] == [0, 1, 2, 3]
+    assert second["epochs"] == []
+    assert "is damaged" in second["state"]
 
 
 def test_the_page_may_load_nothing_from_elsewhere(server: ThreadingHTTPServer) -> None:
@@ -139,8 +150,8 @@ def test_chromium_draws_every_run_and_what_comes_later(
     assert len({colour for _, colour, _ in lines}) == 3
     assert "&lt;b&gt;second" in page
     assert "85.0 %" in page
-    assert "waiting" in page
-    assert ">live<" in page
+    assert "stopped" in page
+    assert ">none is training<" in page
     write_epoch(runs[2], 1)
     later = re.findall(r'<polyline class="line valid" stroke="#\w+" points="([^"]*)"', rendered(server, tmp_path / "b"))
     assert [len(points.split()) for points in later] == [4, 5, 1, 4, 5, 1]

@@ -62,13 +62,13 @@ def test_the_option_is_checked_before_anything_begins() -> None:
 
 
 def test_as_many_epochs_as_fit(stopped: Clock) -> None:
-    pace = Pace(first_epoch=10, later_epoch=5, validation=1)
+    pace = Pace(first_epoch=10, later_epoch=5, validation=1, scoring=2)
     budget = Budget(100, began=100)
-    usable = (100 - ENDING_SECONDS - 1) * USABLE
-    assert budget.epochs(pace, most=50) == 1 + (usable - 10) // 5
-    assert budget.epochs(pace, most=3) == 3
+    usable = (100 - ENDING_SECONDS - 1 - 2) * USABLE
+    assert budget.fit(pace, most=50) == 1 + (usable - 10) // 5
+    assert budget.fit(pace, most=3) == 3
     stopped.now += 85
-    assert budget.epochs(pace, most=50) == 0
+    assert budget.fit(pace, most=50) == 0
 
 
 def test_it_stops_while_there_is_time_to_end(stopped: Clock) -> None:
@@ -98,6 +98,16 @@ def test_the_largest_size_is_taken_for_which_there_is_time(stopped: Clock, image
     budget = Budget(140, began=100)
     found = budget.image_size(Slow(stopped), size_px=224, channels=3, images=images, device=CPU)
     assert found == size_px
+
+
+@pytest.mark.parametrize("size_px", [28, 32, 48])
+def test_small_images_are_not_made_smaller_than_networks_can_take(stopped: Clock, size_px: int) -> None:
+    network = Slow(stopped)
+    found = Budget(400, began=100).image_size(network, size_px=size_px, channels=1, images=100, device=CPU)
+    assert found in (size_px, 32)
+    assert found <= size_px
+    with pytest.raises(ConfigError, match="does not do"):
+        Budget(50, began=stopped.now).image_size(network, size_px=size_px, channels=1, images=1000, device=CPU)
 
 
 def test_a_budget_that_does_not_do_for_one_look_is_refused(stopped: Clock) -> None:
@@ -139,6 +149,18 @@ def test_a_budget_that_is_ample_changes_nothing(folder: Path) -> None:
     runs = [train(folder, output, image_size=32, budget=budget) for output, budget in (("a", ""), ("b", "1h"))]
     one, other = (load_file(run.folder / "model.safetensors") for run in runs)
     assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
+
+
+@pytest.mark.usefixtures("fresh_cache")
+@pytest.mark.parametrize("scenario", ["large-similar", "large-different"])
+def test_the_size_that_fits_is_the_size_that_is_trained_at(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, scenario: str
+) -> None:
+    monkeypatch.setattr(Budget, "image_size", lambda *_, **__: 64)
+    run = train(
+        folder, "run", scenario=scenario, budget="1h", epochs=1, use_pretrained=True, model="efficientnet_lite0"
+    )
+    assert run.classifier.metadata.input_spec.image_size_px == 64
 
 
 @pytest.mark.usefixtures("fresh_cache")

@@ -45,7 +45,7 @@ class StopAt:
     def epoch_ended(self, progress: Progress) -> None: ...
     def step_ended(self, progress: Progress) -> None:
         if progress.global_step == self.global_step:
-            progress.stop_reason = "test"
+            progress.stop_reason, progress.is_interrupted = "test", True
 
 
 class KeyedImages(torch.utils.data.Dataset[Any]):

@@ -158,3 +158,19 @@ def test_steps_are_taken_in_bfloat16_and_scored_in_float32(
     run_epochs(learner, loaders, 2, progress=progress)
     assert seen == {True: {torch.bfloat16}, False: {torch.float32}}
     assert progress.history.train_loss[-1] < progress.history.train_loss[0]
+
+
+def test_a_training_that_is_stopped_in_mid_epoch_scores_what_it_has_learned(
+    make_learner: Callable[..., Learner], loaders: dict[str, DataLoader[Any]]
+) -> None:
+    class StopAtTwo:
+        def epoch_started(self, progress: Progress) -> None: ...
+        def epoch_ended(self, progress: Progress) -> None: ...
+        def step_ended(self, progress: Progress) -> None:
+            if progress.global_step == 2:
+                progress.stop_reason = "enough"
+
+    progress = Progress()
+    run_epochs(make_learner(), loaders, 3, progress=progress, watchers=[StopAtTwo()])
+    assert (progress.epoch, progress.global_step, len(progress.history)) == (1, 2, 1)
+    assert progress.history.valid_accuracy[0] > 0

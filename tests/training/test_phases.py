@@ -41,14 +41,15 @@ def folder(tmp_path: Path) -> Path:
 
 def train(folder: Path, output: str, **options: Any) -> finetune.Run:
     settings = {
-        "model": "resnet18",
+        "model": "timm/test_resnet",
         "use_pretrained": False,
         "scenario": "large-similar",
         "image_size": 32,
         "phases": PHASES,
         "batch_size": 10,
-        "learning_rate": 0.1,
-        "trunk_learning_rate": 0.1,
+        "head_start": "random",
+        "learning_rate": 0.3,
+        "trunk_learning_rate": 0.3,
         "workers": 0,
     }
     return finetune.train(folder, output=folder.parent / output, **{**settings, **options})
@@ -64,16 +65,16 @@ def events(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, global_step: int) -> None:
-    """Let SIGTERM come in at a step."""
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, global_step: int, *, after: str = "step_ended") -> None:
+    """Let SIGTERM come in at a step, or in the validation that follows it."""
+    heed = Interruption.step_ended
 
-    def step_ended(self: Interruption, progress: Progress) -> None:
+    def receive(self: Interruption, progress: Progress) -> None:
         if progress.global_step == global_step:
             self.received = signal.SIGTERM
-            progress.stop_reason = "SIGTERM received"
+        heed(self, progress)
 
-    monkeypatch.setattr(Interruption, "step_ended", step_ended)
-    monkeypatch.setattr(Interruption, "epoch_ended", step_ended)
+    monkeypatch.setattr(Interruption, after, receive)
 
 
 @pytest.fixture
@@ -103,9 +104,10 @@ def test_a_phase_moves_what_it_frees_and_nothing_else(folder: Path) -> None:
 
 @pytest.mark.usefixtures("_every_epoch_is_saved_and_kept")
 def test_a_phase_goes_on_from_the_best_weights_at_its_own_rates(folder: Path) -> None:
-    run = train(folder, "run", phases="head:3,all:1:0.01", schedule="constant")
+    run = train(folder, "run", phases="head:3,all:1:0.01", schedule="constant", learning_rate=0.1)
     epochs = [event for event in events(run.folder) if event["event"] == "epoch"]
     assert [event["learning_rates"] for event in epochs] == pytest.approx([0.1, 0.1, 0.1, 0.001])
+    assert epochs[2]["best_epoch"] > 0
     found, best = saves(run.folder), epochs[2]["best_epoch"]
     drift = {
         step: sum(float((found[12][name] - weights[name]).float().abs().sum()) for name in ("fc.weight", "fc.bias"))
@@ -114,15 +116,26 @@ def test_a_phase_goes_on_from_the_best_weights_at_its_own_rates(folder: Path) ->
     assert min((step for step in drift if step != 12), key=lambda step: drift[step]) == best * STEPS
 
 
-@pytest.mark.parametrize("step", [2, 6, 8, 9, 13])
+@pytest.mark.parametrize(
+    ("step", "after"),
+    [
+        (2, "step_ended"),
+        (6, "step_ended"),
+        (6, "epoch_ended"),
+        (8, "step_ended"),
+        (9, "epoch_ended"),
+        (13, "step_ended"),
+    ],
+)
+@pytest.mark.parametrize("averaging", ["ema", "ends"])
 def test_a_run_interrupted_in_any_phase_ends_at_the_same_bits(
-    folder: Path, step: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, step: int, after: str, averaging: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In mid-epoch, at the end of a phase, in a phase of one epoch, in the last."""
-    options = {"averaging": "ema", "patience": 3}
+    """In mid-epoch, behind the last step of a phase and behind its last validation, in a phase of one epoch."""
+    options = {"averaging": averaging, "patience": 3}
     train(folder, "whole", **options)
     with monkeypatch.context() as patch:
-        interrupt_at(patch, step)
+        interrupt_at(patch, step, after=after)
         with pytest.raises(SystemExit) as stopped:
             train(folder, "parts", **options)
     assert stopped.value.code == 128 + signal.SIGTERM
@@ -135,8 +148,13 @@ def test_a_run_interrupted_in_any_phase_ends_at_the_same_bits(
         assert torch.equal(found[max(found)][name], tensor), name
     for name, tensor in load_file(whole / "model.safetensors").items():
         assert torch.equal(load_file(parts / "model.safetensors")[name], tensor), name
-    kept = [[event | {"seconds": 0} for event in events(run) if event["event"] == "epoch"] for run in (whole, parts)]
+    kept = [
+        [event | {"seconds": 0} for event in events(run) if event["event"] in ("epoch", "average_of_ends")]
+        for run in (whole, parts)
+    ]
     assert kept[0] == kept[1]
+    assert kept[0][-1].get("best_epoch", 1) > 0
+    assert (averaging == "ends") == (kept[0][-1]["event"] == "average_of_ends")
 
 
 def test_patience_ends_a_phase_and_the_next_one_begins(folder: Path) -> None:
@@ -153,19 +171,13 @@ def test_a_longer_resume_lengthens_the_last_phase(folder: Path) -> None:
     finetune.train(output=folder.parent / "run", resume=True)
 
 
-def test_the_average_of_the_ends_needs_the_start_after_a_resume_too(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = {"phases": "", "epochs": 3, "averaging": "ends"}
-    whole = train(folder, "whole", **options)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 5)
-        with pytest.raises(SystemExit):
-            train(folder, "parts", **options)
-    parts = finetune.train(output=folder.parent / "parts", resume=True)
-    expected = load_file(whole.folder / "model.safetensors")
-    found = load_file(parts.folder / "model.safetensors")
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+def test_a_lengthened_run_can_be_gone_on_with_by_its_own_config_or_the_old_words(folder: Path) -> None:
+    train(folder, "run", phases="gradual:1")
+    for _ in range(2):
+        finetune.train(output=folder.parent / "run", resume=True, epochs=6)
+    finetune.train(output=folder.parent / "run", resume=True, phases="gradual:1", epochs=7)
+    with pytest.raises(RunError, match=r"--phases was 'head:1:1.* and is 'head:2'"):
+        finetune.train(output=folder.parent / "run", resume=True, phases="head:2")
 
 
 def test_a_state_of_another_format_is_refused_and_left_alone(folder: Path) -> None:

@@ -90,7 +90,7 @@ function row(run, index) {
     cell(percent(run.train_accuracy[last])),
     cell(percent(run.valid_accuracy[last])),
     cell(percent(run.valid_accuracy[run.epochs.indexOf(run.best_epoch)])),
-    cell(run.is_finished ? "finished" : last < 0 ? "waiting" : "training"),
+    cell(run.state),
   );
   return made;
 }
@@ -104,7 +104,8 @@ async function refresh() {
     draw(document.getElementById("accuracy"), runs, "accuracy");
     draw(document.getElementById("loss"), runs, "loss");
     document.getElementById("runs").replaceChildren(...runs.map(row));
-    state.textContent = runs.every((run) => run.is_finished) ? "all runs have finished" : "live";
+    const training = runs.filter((run) => run.state === "training").length;
+    state.textContent = training ? `live: ${training} of ${runs.length} training` : "none is training";
   } catch (error) {
     state.textContent = `cannot read the runs (${error.message}); trying again`;
   }

@@ -285,6 +285,8 @@ def rate_sweep_figure(rates: Sequence[float], losses: Sequence[float], *, sugges
         axes = figure.add_subplot()
         axes.plot(rates, losses, color=BLUE)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("learning rate of the head")
         axes.set_title("training loss while the rate rises")
         axes.grid(visible=True, axis="y")

@@ -216,3 +216,18 @@ def test_the_users_own_matplotlib_settings_neither_leak_in_nor_change(images_NHW
 def test_charts_load_neither_torch_nor_pyplot():
     code = "import sys, finetune.report.charts; sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(charts.__file__).parents[2], check=True)
+
+
+class TestRateSweep:
+    def test_the_rates_are_numbers_on_a_logarithmic_axis(self):
+        figure = charts.rate_sweep_figure([1e-4, 1e-3, 1e-2, 1e-1], [2.0, 1.5, 1.0, 9.0], suggestion=1e-3)
+        axes = figure.axes[0]
+        assert axes.get_xscale() == "log"
+        assert axes.xaxis.get_major_formatter()(0.001) == "0.001"
+        assert [list(line.get_xdata()) for line in axes.lines] == [[1e-4, 1e-3, 1e-2, 1e-1], [1e-3, 1e-3]]
+        assert axes.get_ylim()[1] < 9
+
+    def test_nothing_is_marked_where_nothing_is_suggested(self, tmp_path):
+        assert len(charts.rate_sweep_figure([1e-4, 1e-3], [1.0, 2.0], suggestion=None).axes[0].lines) == 1
+        charts.draw_rate_sweep([], [], tmp_path / "empty.png", suggestion=None)
+        assert (tmp_path / "empty.png").exists()

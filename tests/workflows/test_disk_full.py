@@ -1,0 +1,68 @@
+"""A disk that fills up while a model trains: a small memory file system stands in for it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.runs.folder import RunFolder
+from finetune.runs.reporting import LoggingReporter
+from finetune.training.checkpoint import read_state
+from tests.training.exact_resume import write_images
+
+TRAIN = """
+import sys
+from finetune.training import checkpoint
+checkpoint.TRAINING_PER_SAVE = 0
+from finetune.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+OPTIONS = ["--model", "timm/test_resnet", "--no-use-pretrained", "--scenario", "large-similar", "--image-size", "32"]
+
+
+def train(*words: str) -> list[str]:
+    return [sys.executable, "-c", TRAIN, "train", *words, "--workers", "0"]
+
+
+def namespace_is_allowed() -> bool:
+    unshare = shutil.which("unshare")
+    command = [unshare or "", "-rm", "true"]
+    return unshare is not None and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not namespace_is_allowed(), reason="this kernel allows no user namespace with a file system in it")
+def test_a_full_disk_keeps_the_saves_there_are_and_ends_with_its_own_code(tmp_path: Path) -> None:
+    data, disk, rescued = tmp_path / "images", tmp_path / "disk", tmp_path / "rescued"
+    write_images(data)
+    disk.mkdir()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ample = train(str(data), "--output", str(tmp_path / "ample"), "--epochs", "1", *OPTIONS, "--quiet")
+    subprocess.run(ample, check=True, env=environment, stdout=subprocess.DEVNULL)
+    a_save = sum(file.stat().st_size for file in max((tmp_path / "ample/checkpoints").glob("step-*")).iterdir())
+    words = train(str(data), "--output", str(disk / "run"), "--epochs", "9", *OPTIONS)
+    script = 'mount -t tmpfs -o size="$1" none "$2" || exit 99; shift; to=$2; at=$1; shift 2; "$@"; code=$?; '
+    script += 'cp -r "$at/run" "$to"; exit $code'
+    ended = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", script, "sh", str(int(2.5 * a_save)), str(disk), str(rescued), *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if ended.returncode == 99:
+        pytest.skip("this kernel mounts no memory file system in a user namespace")
+    assert ended.returncode == 6, ended.stderr
+    assert ended.stderr.count("the training state could not be saved") == 2
+    assert "refused 3 saves in a row" in ended.stderr
+    assert "then --resume" in ended.stderr
+    state = read_state(RunFolder(rescued), LoggingReporter())
+    assert state.values["progress"]["epoch"] == 1
+    assert not list((rescued / "checkpoints").glob(".*"))
+    resumed = train("--output", str(rescued), "--resume", "--quiet")
+    subprocess.run(resumed, check=True, env=environment, stdout=subprocess.DEVNULL)
+    events = [json.loads(line) for line in (rescued / "metrics.jsonl").read_text().splitlines()]
+    assert [event["epoch"] for event in events if event["event"] == "epoch"] == list(range(1, 10))

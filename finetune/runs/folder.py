@@ -4,6 +4,7 @@ import fcntl
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,9 +99,12 @@ class RunFolder:
         """
         if not self.metrics.exists():
             return []
-        lines = self.metrics.read_text(encoding="utf-8").split("\n")
         try:
-            return [strict_json.parse(line) for line in lines[:-1]]
+            lines = self.metrics.read_text(encoding="utf-8").split("\n")
+            events = [strict_json.parse(line) for line in lines[:-1]]
+            if not all(isinstance(event, dict) and "event" in event for event in events):
+                raise ValueError("a line of it is no event")
+            return events
         except ValueError as error:
             raise RunError(f"{self.metrics} is damaged: {error}", "train anew with another --output") from error
 
@@ -109,6 +113,8 @@ RUN_NAMES = frozenset(
     getattr(RunFolder(Path()), name).name for name, member in vars(RunFolder).items() if isinstance(member, property)
 )
 """The names of everything in a run folder."""
+
+GLANCES = 5  # of others at a lock, before it counts as held
 
 EARLY_NAMES = frozenset({"bad_files.csv", "split.csv", "advice.json", "metrics.jsonl", "environment.json"})
 """What a start writes before its config, none of it dear to anyone."""
@@ -248,13 +254,18 @@ def _lock(path: Path) -> Iterator[None]:
             f"cannot write to the run folder {path}: {error.strerror}", "choose another --output"
         ) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise RunError(
-                f"process {file.read().strip()} is training in {path}", "wait for it, or stop it first"
-            ) from error
+        for patience in range(GLANCES, -1, -1):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if patience:  # it may be no more than `is_training` having a look
+                    time.sleep(0.02)
+                    continue
+                file.seek(0)
+                raise RunError(
+                    f"process {file.read().strip()} is training in {path}", "wait for it, or stop it first"
+                ) from error
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

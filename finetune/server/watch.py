@@ -32,7 +32,7 @@ def watch_server(runs: Sequence[Path], *, port: int = 0) -> ThreadingHTTPServer:
     """Return a server, not yet serving, that shows the curves of `runs` on the loopback of this machine.
 
     Args:
-        runs: Run folders, finished or not; one without an epoch yet is shown as waiting.
+        runs: Run folders, finished or not; one without an epoch yet has no curves.
         port: 0 takes any that is free.
 
     Raises:
@@ -58,7 +58,7 @@ def curves(run: Path) -> dict[str, Any]:
     folder = RunFolder(run)
     try:
         events = folder.events()
-        state = "training" if is_training(folder) else "finished" if folder.model.exists() else "stopped"
+        state = "training" if is_training(folder) else "finished" if _is_finished(folder) else "stopped"
     except (RunError, OSError) as error:
         events, state = [], str(error)
     epochs = [event | {"epoch": 0} for event in events if event["event"] == "start"]
@@ -70,6 +70,11 @@ def curves(run: Path) -> dict[str, Any]:
         "best_epoch": epochs[-1].get("best_epoch") if epochs else None,
         "state": state,
     }
+
+
+def _is_finished(run: RunFolder) -> bool:
+    """Whether the model was written after the last event: an older one is that of a training since gone on with."""
+    return run.model.exists() and run.model.stat().st_mtime_ns >= run.metrics.stat().st_mtime_ns
 
 
 class _Handler(BaseHTTPRequestHandler):

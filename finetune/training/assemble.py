@@ -1,6 +1,7 @@
 """The only place where a config becomes objects: images, network, advice, plan, and all that the loop works on."""
 
 import random
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -61,6 +62,8 @@ class Job:
     device: torch.device
     reporter: Reporter
     budget: Budget | None = None
+    had_no_time: bool = False
+    """Whether the budget does not do for an epoch."""
     progress: Progress = field(default_factory=Progress)
     batches: Batches = field(init=False)
     learner: Learner = field(init=False)
@@ -102,7 +105,7 @@ class Job:
         if self.budget is None or self.plan.epochs == 0:
             return
         pace = measure_pace(self.learner, self.batches.loaders, left=self.budget.left)
-        fitting = self.budget.fit(pace, most=self.plan.epochs)
+        fitting = self.budget.fit(pace, most=self.plan.epochs, validations=1 + self.learner.averages_ends)
         if not self.config.resume:
             # A random head needs what there is: a part of an epoch, if need be.
             epochs = max(fitting, 1) if self.plan.head_start == "random" else fitting
@@ -111,7 +114,7 @@ class Job:
                 f"{pace.later_epoch:.1f} s at {self.backbone.input_spec.image_size_px} px; "
                 f"{self.budget.left:.0f} s are left."
             )
-            self.plans = (replace(self.plan, epochs=epochs),)
+            self.plans, self.had_no_time = (replace(self.plan, epochs=epochs),), epochs == 0
         self.learner = self._build_learner()
 
     def _build_learner(self) -> Learner:
@@ -130,6 +133,7 @@ class Job:
         """Return what a resume must find unchanged."""
         return {
             "options": _fixed_options(self.config),
+            "phases": self.config.phases,
             "plans": [asdict(plan) for plan in self.plans],  # epochs among it, so that a longer training is noticed
             "data_fingerprint": self.table.fingerprint(),
             "pretrained_weights": self.backbone.weights,
@@ -235,8 +239,10 @@ def _saved_job(
     identity = saved.values["identity"]
     _refuse_changes(config, identity["options"], run)
     backbone = _network(config, listing, device, is_filled_later=True)
-    plans = _saved_plans(config, identity["plans"])
-    _refuse_other_phases(config, plans, backbone, run)
+    names = [stage.name for stage in backbone.stages]
+    config = replace(config, phases=config.phases or identity["phases"])
+    plans = _saved_plans(config, identity["plans"], names)
+    _refuse_other_phases(config, plans, names, run, had_phases=bool(identity["phases"]))
     table, label_map = _images(config, run, listing, onlooker=None, reporter=reporter)
     if identity["data_fingerprint"] != table.fingerprint():
         raise RunError(f"{run.path} cannot be resumed: {OTHER_IMAGES}", ANEW)
@@ -318,21 +324,25 @@ def _network(config: TrainConfig, listing: Listing, device: torch.device, *, is_
     return backbone
 
 
-def _saved_plans(config: TrainConfig, saved: list[dict[str, Any]]) -> tuple[Plan, ...]:
+def _saved_plans(config: TrainConfig, saved: list[dict[str, Any]], names: Sequence[str]) -> tuple[Plan, ...]:
     """Return the plans that were followed, the last of them with as many epochs as make up those now asked for."""
     *plans, last = (Plan(**values | {"frozen_stages": tuple(values["frozen_stages"])}) for values in saved)
     if config.epochs != "auto":
-        last = replace(last, epochs=max(config.epochs - sum(plan.epochs for plan in plans), 0))
+        fewest = 1 if config.phases else 0
+        last = replace(last, epochs=max(config.epochs - sum(plan.epochs for plan in plans), fewest))
+    elif config.phases:
+        asked = plan_phases(last, parse_phases(config.phases), names)
+        last = replace(last, epochs=max(last.epochs, asked[-1].epochs))
     return (*plans, last)
 
 
 def _resolved(config: TrainConfig, job: Job) -> TrainConfig:
     plan, spec = job.plans[0], job.backbone.input_spec
     values: dict[str, Any] = {}
-    if config.phases and config.epochs != "auto":  # a resume has lengthened the last one
+    if config.phases:
         names = [stage.name for stage in job.backbone.stages]
-        values = {"phases": phases_text(job.plans, names), "epochs": "auto"}
-    if not config.phases:
+        values = {"phases": phases_text(job.plans, names), "epochs": "auto", "budget": ""}
+    else:
         values = {
             "epochs": plan.epochs,
             "views": plan.views,
@@ -380,17 +390,18 @@ def _refuse_changes(config: TrainConfig, options: dict[str, Any], run: RunFolder
         raise RunError(f"{run.path} cannot be resumed: {'; '.join(changes)}", ANEW)
 
 
-def _refuse_other_phases(config: TrainConfig, plans: tuple[Plan, ...], backbone: Backbone, run: RunFolder) -> None:
+def _refuse_other_phases(
+    config: TrainConfig, plans: tuple[Plan, ...], names: Sequence[str], run: RunFolder, *, had_phases: bool
+) -> None:
     """Compare the phases as they were given with the saved ones; only the length of the last may differ."""
-    names = [stage.name for stage in backbone.stages]
 
     def lasting(phases: tuple[Plan, ...]) -> str:
         return phases_text((*phases[:-1], replace(phases[-1], epochs=0)), names)
 
-    if lasting(plan_phases(plans[0], parse_phases(config.phases), names)) != lasting(plans):
-        raise RunError(
-            f"{run.path} cannot be resumed: --phases was {phases_text(plans, names)!r} and is {config.phases!r}", ANEW
-        )
+    asked = plan_phases(plans[0], parse_phases(config.phases), names)
+    if bool(config.phases) != had_phases or lasting(asked) != lasting(plans):
+        before = phases_text(plans, names) if had_phases else ""
+        raise RunError(f"{run.path} cannot be resumed: --phases was {before!r} and is {config.phases!r}", ANEW)
 
 
 def _forget_later_events(run: RunFolder, saved: SavedState) -> None:

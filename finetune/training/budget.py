@@ -61,12 +61,17 @@ class Budget:
         """Seconds that remain."""
         return self.deadline - time.monotonic()
 
+    @property
+    def is_used_up(self) -> bool:
+        """Whether no more remains than it takes to end."""
+        return self.left < self.ending
+
     def epoch_started(self, progress: Progress) -> None:
         """Nothing to do."""
 
     def step_ended(self, progress: Progress) -> None:
         """Stop while there is time left to score and write the model."""
-        if self.left < self.ending:
+        if self.is_used_up:
             progress.stop_reason = f"the budget of {self.seconds:.0f} s is used up"
 
     epoch_ended = step_ended
@@ -100,9 +105,12 @@ class Budget:
             )
         return sizes[-1]
 
-    def fit(self, pace: Pace, *, most: int) -> int:
-        """Return how many epochs of this `pace`, `most` at most, there is time for, and stop in time for their end."""
-        self.ending = ENDING_SECONDS + pace.validation + pace.scoring  # the last epoch may have to be cut short
+    def fit(self, pace: Pace, *, most: int, validations: int = 1) -> int:
+        """Return how many epochs of this `pace`, `most` at most, there is time for, and stop in time for their end.
+
+        `validations` is how many follow the last step, which may have to cut its epoch short.
+        """
+        self.ending = ENDING_SECONDS + validations * pace.validation + pace.scoring
         usable = (self.left - self.ending) * USABLE
         fitting = 1 + math.floor((usable - pace.first_epoch) / pace.later_epoch) if usable >= pace.first_epoch else 0
         return min(most, fitting)

@@ -107,7 +107,7 @@ def run_epochs(
             for watcher in watchers:
                 watcher.epoch_ended(progress)
 
-    if learner.averages_ends and progress.history.best_epoch and not progress.is_interrupted:
+    if learner.averages_ends and progress.start_weights and progress.history.best_epoch and not progress.is_interrupted:
         _average_ends(learner, valid_batches, progress)
     learner.model = accelerator.unwrap_model(model)
     learner.network.load_state_dict(progress.best_weights)

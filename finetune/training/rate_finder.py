@@ -1,7 +1,7 @@
 """A sweep of the learning rate over many sizes in one go, to see which one a training bears (Smith 2017)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader
 from finetune.data.loaders import EpochSampler, readable
 from finetune.errors import ConfigError, DivergedError
 from finetune.runs.reporting import Reporter
-from finetune.training.schedules import Schedule
 from finetune.training.step import Learner, train_step, undone
 
 STEPS = 100
@@ -45,22 +44,21 @@ def sweep_rates(learner: Learner, loaders: dict[str, DataLoader[Any]], *, report
 
     Source: Smith 2017, Cyclical Learning Rates for Training Neural Networks, arXiv 1506.01186, section 3.3.
     """
-    groups = learner.optimizer.param_groups
-    if not any(group["params"] for group in groups):
+    if not any(group["params"] for group in learner.optimizer.param_groups):
         raise ConfigError(
             "nothing learns by gradient here, so that there is no rate to find", "train without --head knn"
         )
-    planned = [float(group.get("initial_lr", group["lr"])) for group in groups]
+    planned = [float(group.get("initial_lr", group["lr"])) for group in learner.optimizer.param_groups]
     batches = _endless(learner.accelerator.prepare(loaders["train"]), loaders["train"].batch_sampler)
     rates: list[float] = []
     losses: list[float] = []
     with undone(learner) as trying, reporter.progress("Rates", STEPS) as advance:
-        still = replace(trying, schedule=Schedule.of(None, learner.optimizer), average=None)
+        groups = trying.optimizer.param_groups
         for number, share in enumerate(np.geomspace(LOWEST_SHARE, HIGHEST_SHARE, STEPS)):
             for group, rate in zip(groups, planned, strict=True):
                 group["lr"] = rate * float(share)
             try:
-                loss, _, _ = train_step(still, next(batches), step=number + 1)
+                loss, _, _ = train_step(trying, next(batches), step=number + 1)
             except DivergedError:
                 break
             smooth = loss if not losses else SMOOTHING * losses[-1] + (1 - SMOOTHING) * loss

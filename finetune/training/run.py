@@ -43,7 +43,8 @@ def run_job(job: Job, reporter: Reporter) -> dict[str, Scores]:
             tracking = stack.enter_context(closing(Tracking(job.config.tracker, job.run, job.config)))
         while True:
             _run_phase(job, interruption, tracking, reporter)
-            if job.is_last_phase or job.progress.is_interrupted:
+            is_out_of_time = job.budget is not None and job.budget.is_used_up
+            if job.is_last_phase or job.progress.is_interrupted or is_out_of_time:
                 break
             job.progress.next_phase()
             job.enter_phase()
@@ -91,7 +92,7 @@ def _tell_what_learns(job: Job, reporter: Reporter) -> None:
 def _tell_the_end(job: Job, reporter: Reporter, *, seconds: float) -> None:
     history = job.progress.history
     if not len(history):
-        why = "there was no time for an epoch" if job.budget else "no epochs were asked for"
+        why = "there was no time for an epoch" if job.had_no_time else "no epochs were asked for"
         what = {
             "probe": f"The head was solved on the frozen features; {why}.",
             "neighbours": "The training images are kept as neighbours; nothing is trained.",

@@ -100,7 +100,7 @@ def undone(learner: Learner) -> Iterator[Learner]:
         optimizer = learner.accelerator.prepare(optimizer)  # which takes the scale out of the gradients
     learner.model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield replace(learner, optimizer=optimizer)
+        yield replace(learner, optimizer=optimizer, schedule=Schedule.of(None, learner.optimizer), average=None)
     learner.network.load_state_dict(weights)
 
 

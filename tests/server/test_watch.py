@@ -75,6 +75,8 @@ def test_the_curves_are_those_of_the_metrics(runs: list[Path]) -> None:
     (runs[0] / "config.yaml").touch()
     with open_run(runs[0], resume=True, overwrite=False):
         assert curves(runs[0])["state"] == "training"
+    os.utime(runs[0] / "model.safetensors", ns=(0, 0))  # the training has gone on since
+    assert curves(runs[0])["state"] == "stopped"
     assert curves(runs[2])["epochs"] == []
 
 
@@ -85,11 +87,12 @@ def test_the_answer_follows_the_training(server: ThreadingHTTPServer, runs: list
 
 
 def test_a_damaged_run_does_not_hide_the_others(server: ThreadingHTTPServer, runs: list[Path]) -> None:
-    (runs[1] / "metrics.jsonl").write_text("no json\n")
-    first, second, _ = json.loads(ask(server, "/runs.json")[2])
-    assert first["epochs"] == [0, 1, 2, 3]
-    assert second["epochs"] == []
-    assert "is damaged" in second["state"]
+    for damage in (b"no json\n", b"\xff\n", b"5\n", b'{"x": 1}\n'):
+        (runs[1] / "metrics.jsonl").write_bytes(damage)
+        first, second, _ = json.loads(ask(server, "/runs.json")[2])
+        assert first["epochs"] == [0, 1, 2, 3]
+        assert second["epochs"] == []
+        assert "is damaged" in second["state"]
 
 
 def test_the_page_may_load_nothing_from_elsewhere(server: ThreadingHTTPServer) -> None:

@@ -144,6 +144,13 @@ def train(folder: Path, output: str, **options: Any) -> finetune.Run:
     return finetune.train(folder, output=folder.parent / output, batch_size=8, **{**settings, **options})
 
 
+def test_measuring_needs_no_more_steps_than_a_schedule_has(
+    make_learner: Callable[..., Learner], loaders: dict[str, DataLoader[Any]]
+) -> None:
+    learner = make_learner(schedule="one-cycle", epochs=1)
+    assert measure_pace(learner, loaders, left=60).later_epoch > 0
+
+
 @pytest.mark.usefixtures("fresh_cache")
 def test_a_budget_that_is_ample_changes_nothing(folder: Path) -> None:
     runs = [train(folder, output, image_size=32, budget=budget) for output, budget in (("a", ""), ("b", "1h"))]

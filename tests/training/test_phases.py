@@ -3,6 +3,7 @@
 import hashlib
 import json
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +177,22 @@ def test_a_lengthened_run_can_be_gone_on_with_by_its_own_config_or_the_old_words
     for _ in range(2):
         finetune.train(output=folder.parent / "run", resume=True, epochs=6)
     finetune.train(output=folder.parent / "run", resume=True, phases="gradual:1", epochs=7)
+    run = finetune.train(output=folder.parent / "run", resume=True, phases="head:1,top1:1,top2:1,top3:1,top4:1,all:4")
+    assert [event["epoch"] for event in events(run.folder) if event["event"] == "epoch"] == list(range(1, 10))
     with pytest.raises(RunError, match=r"--phases was 'head:1:1.* and is 'head:2'"):
         finetune.train(output=folder.parent / "run", resume=True, phases="head:2")
+    train(folder, "plain", phases="", epochs=1)
+    with pytest.raises(RunError, match=r"--phases was '' and is 'all:10'"):
+        finetune.train(output=folder.parent / "plain", resume=True, phases="all:10", epochs="auto")
+
+
+def test_a_budget_ends_a_resume_with_phases_without_entering_the_next(folder: Path) -> None:
+    train(folder, "run", phases="head:1,all:1")
+    finetune.train(output=folder.parent / "run", resume=True, epochs=5, budget="1h")
+    begun = time.monotonic() - 27
+    run = finetune.train(output=folder.parent / "run", resume=True, epochs=9, budget="30s", began=begun)
+    assert 5 < len([event for event in events(run.folder) if event["event"] == "epoch"]) < 9
+    assert from_yaml(run.folder / "config.yaml").budget == ""
 
 
 def test_a_state_of_another_format_is_refused_and_left_alone(folder: Path) -> None:

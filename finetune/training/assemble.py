@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from finetune.config.durations import parse_seconds
 from finetune.config.phases import parse_phases
-from finetune.config.schema import OPTION_NAMES, TrainConfig
+from finetune.config.schema import TrainConfig
 from finetune.config.yaml_io import to_yaml
 from finetune.data.check import require_trainable
 from finetune.data.listing import Listing
@@ -31,113 +31,15 @@ from finetune.runs.environment import describe_environment
 from finetune.runs.folder import RunFolder, write_whole
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
-from finetune.training.batches import Batches
-from finetune.training.budget import Budget, measure_pace
+from finetune.training.budget import Budget
 from finetune.training.checkpoint import SavedState, read_state, restore_state
-from finetune.training.phase import build_learner, freeze_and_load
+from finetune.training.job import Job, fixed_options
 from finetune.training.plan import Plan, phases_text, plan_phases
 from finetune.training.progress import Progress
 from finetune.training.start import is_studied, start_network
-from finetune.training.step import Learner
 
-FREE_TO_CHANGE = frozenset(
-    {"data", "output", "overwrite", "resume", "phases", "epochs", "budget", "tracker", "workers", "device"}
-)
-"""Options that a resume may be given anew, phases within limits of their own."""
 OTHER_IMAGES = "the images are not those that training began with"
 ANEW = "train anew with another --output"
-
-
-@dataclass(kw_only=True)
-class Job:
-    """Everything a training works with, ready to run; batches and learner are those of the phase it is in."""
-
-    config: TrainConfig
-    run: RunFolder
-    table: ImageTable
-    label_map: LabelMap
-    backbone: Backbone
-    plans: tuple[Plan, ...]
-    """One for each phase."""
-    device: torch.device
-    reporter: Reporter
-    budget: Budget | None = None
-    had_no_time: bool = False
-    """Whether the budget does not do for an epoch."""
-    progress: Progress = field(default_factory=Progress)
-    batches: Batches = field(init=False)
-    learner: Learner = field(init=False)
-
-    @property
-    def plan(self) -> Plan:
-        """The plan of the phase that training is in."""
-        return self.plans[self.progress.phase]
-
-    @property
-    def is_last_phase(self) -> bool:
-        """Whether no phase follows."""
-        return self.progress.phase == len(self.plans) - 1
-
-    def enter_phase(self) -> None:
-        """Build batches and learner for the phase of `progress`.
-
-        Raises:
-            ImageError, DataError: A file can no longer be read, or has changed.
-        """
-        self.close()
-        self.batches = freeze_and_load(
-            self.config,
-            self.plan,
-            self.backbone,
-            self.table,
-            self.label_map,
-            device=self.device,
-            reporter=self.reporter,
-        )
-        self.learner = self._build_learner()
-
-    def fit_budget(self) -> None:
-        """Plan as many epochs as there is time for, by the pace of the first steps; a resume keeps those it has.
-
-        Raises:
-            ImageError, DataError: A file can no longer be read, or has changed.
-        """
-        if self.budget is None or self.plan.epochs == 0:
-            return
-        pace = measure_pace(self.learner, self.batches.loaders, left=self.budget.left)
-        fitting = self.budget.fit(pace, most=self.plan.epochs, validations=1 + self.learner.averages_ends)
-        if not self.config.resume:
-            # A random head needs what there is: a part of an epoch, if need be.
-            epochs = max(fitting, 1) if self.plan.head_start == "random" else fitting
-            self.reporter.say(
-                f"Budget of {self.budget.seconds:.0f} s: {epochs} of {self.plan.epochs} epochs of "
-                f"{pace.later_epoch:.1f} s at {self.backbone.input_spec.image_size_px} px; "
-                f"{self.budget.left:.0f} s are left."
-            )
-            self.plans, self.had_no_time = (replace(self.plan, epochs=epochs),), epochs == 0
-        self.learner = self._build_learner()
-
-    def _build_learner(self) -> Learner:
-        learner = build_learner(
-            self.config, self.plan, self.backbone, self.batches, device=self.device, reporter=self.reporter
-        )
-        learner.averages_ends = learner.keeps_start and self.is_last_phase
-        return learner
-
-    def close(self) -> None:
-        """End writing to the cache."""
-        if hasattr(self, "batches"):
-            self.batches.close()
-
-    def identity(self) -> dict[str, Any]:
-        """Return what a resume must find unchanged."""
-        return {
-            "options": _fixed_options(self.config),
-            "phases": self.config.phases,
-            "plans": [asdict(plan) for plan in self.plans],  # epochs among it, so that a longer training is noticed
-            "data_fingerprint": self.table.fingerprint(),
-            "pretrained_weights": self.backbone.weights,
-        }
 
 
 def assemble(config: TrainConfig, run: RunFolder, listing: Listing, reporter: Reporter, *, began: float) -> Job:
@@ -374,16 +276,11 @@ def _absolute(path: Path | None) -> Path | None:
     return path and path.resolve()
 
 
-def _fixed_options(config: TrainConfig) -> dict[str, Any]:
-    values = {name: getattr(config, name) for name in OPTION_NAMES if name not in FREE_TO_CHANGE}
-    return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in values.items()}
-
-
 def _refuse_changes(config: TrainConfig, options: dict[str, Any], run: RunFolder) -> None:
     """Compare the options as they were given with those the run was saved with; an "auto" agrees with any."""
     changes = [
         f"--{name.replace('_', '-')} was {options[name]!r} and is {value!r}"
-        for name, value in _fixed_options(config).items()
+        for name, value in fixed_options(config).items()
         if value not in ("auto", options[name])
     ]
     if changes:

@@ -13,8 +13,8 @@ from finetune.evaluation.scores import Scores, score
 from finetune.models.freezing import stage_summary
 from finetune.runs.model_file import ModelMetadata, save_model_file
 from finetune.runs.reporting import Reporter
-from finetune.training.assemble import Job
 from finetune.training.checkpoint import Checkpointer
+from finetune.training.job import Job
 from finetune.training.loop import run_epochs
 from finetune.training.progress import Watcher
 from finetune.training.stopping import EarlyStopping, Interruption

@@ -1,9 +1,12 @@
 """A network and images small enough to train in a second."""
 
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -71,3 +74,17 @@ def make_learner() -> Callable[..., Learner]:
         )
 
     return make
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Forty noisy pictures of two colours, 28 to train and 12 held out."""
+    generator = np.random.default_rng(0)
+    for number in range(40):
+        split = "train" if number < 28 else "valid"
+        path = tmp_path / "data" / split / ("red", "blue")[number % 2] / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 200, (40, 40, 3), dtype=np.uint8)
+        pixels[:, :, 2 * (number % 2)] //= 2
+        Image.fromarray(pixels).save(path)
+    return tmp_path / "data"

@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,20 +21,6 @@ from finetune.training.progress import Progress
 from finetune.training.watchers import EpochRecorder, ProgressBar
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Forty noisy pictures of two colours, split."""
-    generator = np.random.default_rng(0)
-    for number in range(40):
-        split = "train" if number < 28 else "valid"
-        path = tmp_path / "data" / split / ("red", "blue")[number % 2] / f"{number:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = generator.integers(0, 200, (40, 40, 3), dtype=np.uint8)
-        pixels[:, :, 2 * (number % 2)] //= 2
-        Image.fromarray(pixels).save(path)
-    return tmp_path / "data"
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 import finetune
@@ -24,20 +22,6 @@ pytestmark = pytest.mark.usefixtures("fresh_cache")
 
 PHASES = "head:2,top1:1,all:2:0.1"
 STEPS = 3  # an epoch
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Forty noisy pictures of two colours, split."""
-    generator = np.random.default_rng(0)
-    for number in range(40):
-        split = "train" if number < 28 else "valid"
-        path = tmp_path / "data" / split / ("red", "blue")[number % 2] / f"{number:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = generator.integers(0, 200, (40, 40, 3), dtype=np.uint8)
-        pixels[:, :, 2 * (number % 2)] //= 2
-        Image.fromarray(pixels).save(path)
-    return tmp_path / "data"
 
 
 def train(folder: Path, output: str, **options: Any) -> finetune.Run:

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,9 +36,17 @@ from finetune.report.charts import draw_rate_sweep
 from finetune.report.class_map import draw_class_map, require_new_picture
 from finetune.report.plots import write_plots
 from finetune.runs.cache_folder import clear_cache, list_cache, prune_cache  # noqa: F401 (verbs as they are)
-from finetune.runs.folder import RunFolder, next_free_folder, open_run
+from finetune.runs.folder import RunFolder, newest_folder, next_free_folder, open_run
+from finetune.runs.processes import (
+    ALONE,
+    Processes,
+    is_restarted,
+    join_processes,
+    launched_count,
+    peer_faults,
+)
 from finetune.runs.records import FailedPrediction, Prediction
-from finetune.runs.reporting import LoggingReporter, Reporter
+from finetune.runs.reporting import LoggingReporter, Reporter, SilentReporter
 from finetune.server.watch import watch_server  # noqa: F401 (a verb as it is)
 from finetune.training.assemble import assemble, seed_everything
 from finetune.training.rate_finder import RateSweep, sweep_rates
@@ -82,12 +90,15 @@ def train(
         ConfigError, DataError, ModelError, RunError: Something given cannot be used; the message says what to do.
         DivergedError: The loss is no longer finite.
     """
-    reporter, began = reporter or LoggingReporter(), began or time.monotonic()
-    with _opened_run(_whole_config(data, config, options)) as (whole, listing, run):
-        job = assemble(whole, run, listing, reporter, began=began)
+    began, asked = began or time.monotonic(), _whole_config(data, config, options)
+    processes = join_processes(asked.device)
+    reporter = _voice(reporter, processes)
+    with _opened_run(asked, processes) as (whole, listing, run):
+        job = assemble(whole, run, listing, reporter, began=began, processes=processes)
         with closing(job):
             metrics = run_job(job, reporter)
-        write_plots(run, job.table.root)
+        if processes.is_main:
+            write_plots(run, job.table.root)
     return Run(run.path, metrics)
 
 
@@ -114,7 +125,9 @@ def find_learning_rate(
     reporter, asked = reporter or LoggingReporter(), _whole_config(data, config, options)
     if asked.resume:
         raise ConfigError("a training that has begun keeps its rates", "look for a rate without --resume")
-    with _opened_run(asked) as (whole, listing, run):
+    if launched_count() > 1:
+        raise ConfigError("the rates are swept by one process", "look for a rate without a launcher such as torchrun")
+    with _opened_run(asked, ALONE) as (whole, listing, run):
         with closing(assemble(whole, run, listing, reporter, began=time.monotonic())) as job:
             sweep = sweep_rates(job.learner, job.batches.loaders, reporter=reporter)
         run.record("rate_sweep", asdict(sweep))
@@ -130,19 +143,40 @@ def _whole_config(data: Pathlike | None, config: TrainConfig | None, options: di
     return with_options(config or starting_point(options.get("model")), options)
 
 
+def _voice(reporter: Reporter | None, processes: Processes) -> Reporter:
+    return reporter or LoggingReporter() if processes.is_main else SilentReporter()
+
+
 @contextmanager
-def _opened_run(config: TrainConfig) -> Iterator[tuple[TrainConfig, Listing, RunFolder]]:
-    """List the images and open the run folder, named in the config then, while it is written to."""
+def _opened_run(config: TrainConfig, processes: Processes) -> Iterator[tuple[TrainConfig, Listing, RunFolder]]:
+    """List the images and open the run folder, named in the config then, while the main process writes to it."""
+    with ExitStack() as stack, worker_faults(), peer_faults():
+        yield processes.from_main(lambda: _open(config, stack))
+
+
+def _open(config: TrainConfig, stack: ExitStack) -> tuple[TrainConfig, Listing, RunFolder]:
     if not config.data:
         raise ConfigError("no DATA to train on", "name a folder or CSV of labelled images")
     listing = list_images(Path(config.data))  # before anything is made or emptied for it
     require_classes(listing)
+    if is_restarted():
+        config = _going_on(config)
     config = replace(config, output=config.output or next_free_folder(config.data, config.model))
     assert config.output is not None
     if Path(config.data).is_dir() and config.output.resolve().is_relative_to(listing.root.resolve()):
         raise ConfigError(f"the run folder {config.output} lies inside DATA", "name an --output outside of it")
-    with open_run(config.output, resume=config.resume, overwrite=config.overwrite) as run, worker_faults():
-        yield config, listing, run
+    run = stack.enter_context(open_run(config.output, resume=config.resume, overwrite=config.overwrite))
+    return config, listing, run
+
+
+def _going_on(config: TrainConfig) -> TrainConfig:
+    """Return the config with which a job that its launcher has restarted goes on, from its last save if it has one."""
+    folder = config.output or newest_folder(config.data, config.model)
+    if folder is None:
+        return config
+    if any(RunFolder(folder).checkpoints.glob("step-*")):
+        return replace(from_yaml(RunFolder(folder).config), output=folder, resume=True)
+    return replace(config, output=folder, overwrite=True)
 
 
 def load(path: Pathlike, *, device: str = "auto") -> Classifier:
@@ -172,11 +206,12 @@ def predict(
         RunError, ModelError: The model cannot be loaded, or its network cannot slide.
         PredictionInputError: A folder holds no image, or a pattern matches nothing.
     """
+    processes = join_processes(device)
     paths = find_inputs(inputs)
     classifier = load_classifier(run, device=device)
     if dense:
         classifier, batch_size = over_whole_pictures(classifier), 1
-    return predict_many(classifier, paths, batch_size=batch_size, top_k=top_k)
+    return predict_many(classifier, paths, batch_size=batch_size, top_k=top_k, processes=processes)
 
 
 def evaluate(
@@ -204,12 +239,14 @@ def evaluate(
     Raises:
         DataError: There are no such images, some cannot be read, or the model does not know their classes.
     """
-    reporter = reporter or LoggingReporter()
+    processes = join_processes(device)
+    reporter = _voice(reporter, processes)
     classifier = load_classifier(run, device=device)
-    scan = read_images(Path(data), reporter=reporter).scan
+    scan = read_images(Path(data), processes=processes, reporter=reporter).scan
     require_few_bad(scan, allow_bad_images=allow_bad_images)
     name, table = choose_split(scan, Path(run), split)
-    return Evaluation(split=name, scores=evaluate_table(classifier, table, batch_size=batch_size, reporter=reporter))
+    scores = evaluate_table(classifier, table, batch_size=batch_size, processes=processes, reporter=reporter)
+    return Evaluation(split=name, scores=scores)
 
 
 def check(data: Pathlike, *, label_names: Path | None = None, reporter: Reporter | None = None) -> Diagnosis:

@@ -7,7 +7,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn
+
+from finetune.runs.processes import launched_rank
 
 COMMANDS = {
     "train": "train a classifier on a folder of labelled images",
@@ -57,6 +60,9 @@ def run_process() -> NoReturn:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments` name, by default those of the process; return the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if launched_rank():  # the main process of the job speaks for all
+        words.append("--quiet")
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (it stays open)
     is_quiet, is_debug = "--quiet" in words, "--debug" in words
     words = [word for word in words if word not in ("--quiet", "--debug")]
     if not words or words[0] in ("-h", "--help"):

@@ -1,7 +1,7 @@
 """Batches: in an order that is a pure function of (seed, epoch), loaded by as many workers as pay."""
 
+import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +16,8 @@ from finetune.data.pixels import HeldDataset, HeldPixels
 from finetune.data.table import SPLITS, ImageTable
 from finetune.data.transforms import Augmentation
 from finetune.errors import DataError, ImageError
+from finetune.runs.environment import available_cores
+from finetune.runs.processes import ALONE, Processes
 from finetune.runs.records import InputSpec, LabelMap
 
 WORTH_MEASURING = 1_000  # images; below, starting workers and timing them costs more than they save
@@ -27,15 +29,24 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index) in an order drawn from (seed, epoch) alone.
 
     `start(epoch, batch)` says where the next iteration begins, so that going on in mid-epoch decodes nothing twice.
-    With `weights`, images are drawn with replacement in proportion to them.
+    With `weights`, images are drawn with replacement in proportion to them. Of every batch each of several `processes`
+    gets its share, of a last one that is too small for all perhaps nothing.
     """
 
-    def __init__(self, size: int, batch_size: int, *, seed: int, weights: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        seed: int,
+        weights: torch.Tensor | None = None,
+        processes: Processes = ALONE,
+    ) -> None:
         self.size = size
         self.batch_size = batch_size
-        self.drop_last = False  # read by accelerate when it shards the batches
         self.seed = seed
         self.weights = weights
+        self.processes = processes
         self.epoch = 0
         self.first_batch = 0
 
@@ -55,7 +66,24 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         epoch, batches = self.epoch, order.split(self.batch_size)[self.first_batch :]
         self.first_batch = 0
         for batch in batches:
-            yield [(epoch, index) for index in batch.tolist()]
+            if share := self.processes.share(batch.tolist()):
+                yield [(epoch, index) for index in share]
+
+
+class OrderedSampler(Sampler[list[int]]):
+    """Batches of indices in their order; of several `processes` each gets whole ones, in turn."""
+
+    def __init__(self, size: int, batch_size: int, *, processes: Processes = ALONE) -> None:
+        self.size = size
+        self.batch_size = batch_size
+        self.firsts = processes.share(range(0, size, batch_size))
+
+    def __len__(self) -> int:
+        return len(self.firsts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for first in self.firsts:
+            yield list(range(first, min(first + self.batch_size, self.size)))
 
 
 def labelled_dataset(
@@ -75,18 +103,27 @@ def labelled_dataset(
 
 
 def training_loader(
-    dataset: LabelledDataset, *, batch_size: int, seed: int, workers: int = 0, weights: torch.Tensor | None = None
+    dataset: LabelledDataset,
+    *,
+    batch_size: int,
+    seed: int,
+    workers: int = 0,
+    weights: torch.Tensor | None = None,
+    processes: Processes = ALONE,
 ) -> DataLoader[Any]:
-    """Return shuffled batches whose order depends on (seed, epoch) only; `weights` (N,) draws with replacement."""
-    sampler = EpochSampler(len(dataset), batch_size, seed=seed, weights=weights)
+    """Return shuffled batches whose order depends on (seed, epoch) only; `weights` (N,) draws with replacement.
+
+    Each of several `processes` gets its share of every batch.
+    """
+    sampler = EpochSampler(len(dataset), batch_size, seed=seed, weights=weights, processes=processes)
     return _loader(dataset, workers, batch_sampler=sampler)
 
 
 def evaluation_loader(
-    dataset: LabelledDataset | Subset[Sample], *, batch_size: int, workers: int = 0
+    dataset: LabelledDataset | Subset[Sample], *, batch_size: int, workers: int = 0, processes: Processes = ALONE
 ) -> DataLoader[Any]:
-    """Return every image once, in the order of the table."""
-    return _loader(dataset, workers, batch_size=batch_size)
+    """Return every image once, in the order of the table; each of several `processes` gets its share of the batches."""
+    return _loader(dataset, workers, batch_sampler=OrderedSampler(len(dataset), batch_size, processes=processes))
 
 
 def split_loaders(
@@ -98,6 +135,7 @@ def split_loaders(
     workers: int = 0,
     pixels: HeldPixels | None = None,
     pictures: PictureCache | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, DataLoader[Any]]:
     """Return a loader for each split of `table` that has images, with the transform of evaluation."""
     return {
@@ -105,6 +143,7 @@ def split_loaders(
             labelled_dataset(table.select(split), label_map, input_spec, pixels=pixels, pictures=pictures),
             batch_size=batch_size,
             workers=workers,
+            processes=processes,
         )
         for split in SPLITS
         if len(table.select(split))
@@ -120,6 +159,14 @@ def readable(batches: Iterable[Batch | ImageError]) -> Iterator[Batch]:
             finally:
                 del batch  # else error, traceback and frame hold each other, and the loader's processes, alive
         yield batch
+
+
+def then_none(batches: Iterator[Batch], count: int) -> Iterator[Batch | None]:
+    """Iterate over `batches`, and then over as many None as make up `count`."""
+    for batch in batches:
+        count -= 1
+        yield batch
+    yield from itertools.repeat(None, count)
 
 
 @contextmanager
@@ -146,7 +193,7 @@ def fastest_workers(dataset: LabelledDataset, *, batch_size: int, consume: Calla
     Small data sets are not measured, nor those held in memory: 0. Start-up is left out, for workers live as long as
     the training.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     if len(dataset) < WORTH_MEASURING or cores < 2 or isinstance(dataset, HeldDataset):
         return 0
     measured = range(min(len(dataset), (MEASURED_BATCHES + 1) * batch_size))

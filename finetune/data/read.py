@@ -8,6 +8,7 @@ from finetune.data.labels import find_label_names, read_label_names
 from finetune.data.listing import Listing, list_images
 from finetune.data.scan import Onlooker, Scan, scan_images
 from finetune.runs.cache_folder import cache_folder
+from finetune.runs.processes import ALONE, Processes
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
 
@@ -28,6 +29,7 @@ def read_images(
     label_names: Path | None = None,
     allow_bad_images: bool = False,
     onlooker: Onlooker | None = None,
+    processes: Processes = ALONE,
     reporter: Reporter,
 ) -> LabelledImages:
     """List and decode every image of `data` once, look up the label names, and examine the whole.
@@ -38,18 +40,20 @@ def read_images(
         label_names: The file with the names to show; by default a `cat_to_name.json` in or beside `data`.
         allow_bad_images: Whether more unreadable images than the rule allows are no error.
         onlooker: Is shown every picture that has to be decoded.
+        processes: Those that share the work; each gets the whole result.
         reporter: Shows progress.
 
     Raises:
         DataError: DATA is absent or in no known layout, or the label names cannot be read.
     """
     listing = listing or list_images(data)
-    with reporter.progress("Reading images", len(listing.rows)) as advance:
+    with reporter.progress("Reading images", len(processes.share(listing.rows))) as advance:
         scan = scan_images(
             listing,
             cache_folder=cache_folder(),
             progress=lambda done, total: advance(1, f"{done} of {total}"),
             onlooker=onlooker,
+            processes=processes,
         )
     source = label_names or find_label_names(data)
     shown = read_label_names(source) if source else {}

@@ -17,6 +17,7 @@ from finetune.data.listing import Listing
 from finetune.data.table import ImageTable, Split
 from finetune.errors import DataError, ImageError, ImageFault, first_ten
 from finetune.runs.cache_folder import is_inside
+from finetune.runs.processes import ALONE, Processes
 
 MAX_BAD_FRACTION = 0.01
 """How much of the training images may be unreadable before training is refused."""
@@ -87,8 +88,11 @@ def scan_images(
     cache_folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     onlooker: Onlooker | None = None,
+    processes: Processes = ALONE,
 ) -> Scan:
     """Decode every listed image once, in threads, and take down its hashes, its size and what is wrong with it.
+
+    Each of several processes looks at its share and is told what the others saw.
 
     Args:
         listing: what to decode.
@@ -96,25 +100,28 @@ def scan_images(
             or a folder inside the data, keeps nothing.
         progress: called with the files done and their total after each file.
         onlooker: is shown every picture that has to be decoded.
+        processes: those that share the work.
     """
     cache_file = _cache_file(cache_folder, listing.root) if cache_folder else None
     known = _read_cache(cache_file) if cache_file else {}
-    paths = [str(listing.root / row.image_path) for row in listing.rows]
-    looks: dict[str, _Look] = {}
+    all_paths = [str(listing.root / row.image_path) for row in listing.rows]
+    paths = processes.share(all_paths)
+    own: list[_Look] = []
     look_at = partial(_look_at, known=known, onlooker=onlooker)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(paths), _FILES_AT_ONCE):
             batch = paths[start : start + _FILES_AT_ONCE]
             # Whole batches, so that decoding threads and an onlooker that computes do not fight for the same cores.
-            for path, (look, prepared) in zip(batch, list(pool.map(look_at, batch)), strict=True):
-                looks[path] = look
+            for look, prepared in list(pool.map(look_at, batch)):
+                own.append(look)
                 if onlooker and prepared is not None:
                     onlooker.take(look.sha256, prepared)
                 if progress:
-                    progress(len(looks), len(paths))
-    if cache_file:
-        _write_cache(cache_file, known, looks)
-    return _scan_of(listing, [looks[path] for path in paths])
+                    progress(len(own), len(paths))
+    looks = processes.gather_shares(own)
+    if cache_file and processes.is_main:
+        _write_cache(cache_file, known, dict(zip(all_paths, looks, strict=True)))
+    return _scan_of(listing, looks)
 
 
 def write_bad_files(bad_files: Iterable[BadFile], path: Path) -> None:

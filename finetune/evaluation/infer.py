@@ -1,5 +1,6 @@
 """A model's probabilities for every image of a loader."""
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from finetune.models.device import as_inputs
+from finetune.runs.processes import ALONE, Processes
 
 # Shapes: N images, B batch, C channels, H height, W width, K classes.
 
@@ -48,20 +50,19 @@ def predict_batches(
     device: torch.device,
     temperature: float = 1.0,
     advance: Callable[[int, str], None] | None = None,
+    processes: Processes = ALONE,
 ) -> Predictions:
-    """Run `model` in eval mode over all batches, in their order."""
+    """Run `model` in eval mode over all batches, in their order; of several processes each over its share of them."""
     model.eval()
-    probabilities: list[torch.Tensor] = []
-    class_indices: list[torch.Tensor] = []
-    paths: list[str] = []
-    for batch, class_indices_B, batch_paths in batches:
-        probabilities.append(probabilities_of(model, batch, device=device, temperature=temperature).cpu())
-        class_indices.append(class_indices_B)
-        paths += batch_paths
+    own = []
+    for batch, class_indices_B, paths in batches:
+        probabilities_BK = probabilities_of(model, batch, device=device, temperature=temperature).cpu()
+        own.append((probabilities_BK.numpy(), class_indices_B.numpy(), tuple(paths)))
         if advance:
             advance(len(class_indices_B), "")
+    probabilities, class_indices, image_paths = zip(*processes.gather_shares(own), strict=True)
     return Predictions(
-        probabilities_NK=torch.cat(probabilities).numpy(),
-        class_indices_N=torch.cat(class_indices).numpy(),
-        image_paths=tuple(paths),
+        probabilities_NK=np.concatenate(probabilities),
+        class_indices_N=np.concatenate(class_indices),
+        image_paths=tuple(itertools.chain.from_iterable(image_paths)),
     )

@@ -4,6 +4,7 @@ import hashlib
 import os
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from finetune.errors import DataError
 from finetune.features.cache import ActivationCache, View, open_activations, open_exports, present
 from finetune.features.engine import TrunkEngine
 from finetune.features.trunk import Trunk
+from finetune.runs.processes import ALONE, Processes
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
 
@@ -50,6 +52,7 @@ class TrunkPass:
         reporter: Told of an engine that is refused and of a disk that refuses.
         view: A random change of every image, instead of the image as evaluation sees it.
         precision: What a GPU computes in: "fp32", "bf16" or "fp16". A CPU always takes float32.
+        processes: Those that share the work.
 
     `computed` counts the images that were not in the cache, `seconds` is the time from the first of them to the last,
     decoding and all; `computing_seconds` the part of it that the trunk took.
@@ -65,6 +68,7 @@ class TrunkPass:
         reporter: Reporter,
         view: View | None = None,
         precision: str = "fp32",
+        processes: Processes = ALONE,
     ) -> None:
         spec = trunk.backbone.input_spec
         precision = "fp32" if device.type == "cpu" else precision
@@ -75,6 +79,7 @@ class TrunkPass:
         self.computing_seconds = 0.0
         self._began = 0.0
         self._view = view
+        self._processes = processes
         self._transform = training_transform(spec, view.augmentation) if view else evaluation_transform(spec)
         self._exports = open_exports(trunk, data_root) if device.type == "cpu" else None
         self.engine = TrunkEngine(
@@ -137,13 +142,24 @@ class TrunkPass:
     def fill(self, table: ImageTable, reporter: Reporter) -> None:
         """Compute the images of `table` that the cache lacks, and read all others once, for a damaged one to be found.
 
+        Of several processes each computes its share; what machines do not share on disk, each computes for itself.
+
         Raises:
             ImageError: A file can no longer be read.
             DataError: A file has changed since it was scanned.
         """
         self.flush()
+        if self._processes.count > 1:
+            for share in (self._processes.share, self._processes.local_share):
+                self._processes.wait()  # until all others have put what they computed
+                self._fill(table, share(table.rows), reporter)
+            self._processes.wait()
+        self._fill(table, table.rows, reporter)
+
+    def _fill(self, table: ImageTable, rows: Sequence[ImageRow], reporter: Reporter) -> None:
+        """Compute those of `rows` that the cache lacks."""
         self.cache.refresh()
-        row_of = {row.sha256: row for row in table.rows}
+        row_of = {row.sha256: row for row in rows}
         missing = [row for key, row in row_of.items() if self.cache.get(key) is None]
         if not missing:
             return

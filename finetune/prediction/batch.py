@@ -13,6 +13,7 @@ from finetune.data.decode import decode_image, looks_like_image
 from finetune.data.transforms import to_tensor
 from finetune.errors import ImageError, PredictionInputError
 from finetune.prediction.classifier import Classifier
+from finetune.runs.processes import ALONE, Processes
 from finetune.runs.records import FailedPrediction, Prediction
 
 
@@ -44,12 +45,30 @@ def find_inputs(inputs: Sequence[str]) -> list[Path]:
 
 
 def predict_many(
-    classifier: Classifier, paths: Sequence[Path], *, batch_size: int = 32, top_k: int = 5
+    classifier: Classifier,
+    paths: Sequence[Path],
+    *,
+    batch_size: int = 32,
+    top_k: int = 5,
+    processes: Processes = ALONE,
 ) -> Iterator[Prediction | FailedPrediction]:
     """Predict the images at `paths` and yield each result in their order, a batch at a time.
 
     An image that cannot be read yields its reason; the others go on. While a batch is computed, the next is decoded.
+    Several processes take the batches in turn, and each yields the results of all.
     """
+    starts = range(0, len(paths), batch_size)
+    own = [path for start in processes.share(starts) for path in paths[start : start + batch_size]]
+    batches = _predicted(classifier, own, batch_size=batch_size, top_k=top_k)
+    for _ in range(0, len(starts), processes.count):
+        for results in processes.gather(next(batches, [])):
+            yield from results
+
+
+def _predicted(
+    classifier: Classifier, paths: Sequence[Path], *, batch_size: int, top_k: int
+) -> Iterator[list[Prediction | FailedPrediction]]:
+    """Yield the results of `paths` by batches."""
 
     def prepare(path: Path) -> torch.Tensor | ImageError:
         try:
@@ -64,7 +83,7 @@ def predict_many(
         while ahead:
             batch, ahead = ahead, [(path, pool.submit(prepare, path)) for path in islice(remaining, batch_size)]
             prepared = [(str(path), future.result()) for path, future in batch]
-            yield from _predict_batch(classifier, prepared, top_k=top_k)
+            yield list(_predict_batch(classifier, prepared, top_k=top_k))
 
 
 def _predict_batch(

@@ -13,6 +13,7 @@ from finetune.evaluation.infer import predict_batches
 from finetune.evaluation.scores import Scores, score
 from finetune.prediction.classifier import Classifier
 from finetune.runs.folder import RunFolder
+from finetune.runs.processes import ALONE, Processes
 from finetune.runs.reporting import Reporter
 
 SplitChoice = Literal["auto", "train", "valid", "test", "all"]
@@ -47,8 +48,15 @@ def choose_split(scan: Scan, run: Path, split: SplitChoice) -> tuple[str, ImageT
     return "all", table
 
 
-def evaluate_table(classifier: Classifier, table: ImageTable, *, batch_size: int, reporter: Reporter) -> Scores:
-    """Score `classifier` on every image of `table`, whatever split it is in.
+def evaluate_table(
+    classifier: Classifier,
+    table: ImageTable,
+    *,
+    batch_size: int,
+    processes: Processes = ALONE,
+    reporter: Reporter,
+) -> Scores:
+    """Score `classifier` on every image of `table`, whatever split it is in; several processes share the batches.
 
     Raises:
         DataError: The table has classes that the model does not know.
@@ -60,7 +68,9 @@ def evaluate_table(classifier: Classifier, table: ImageTable, *, batch_size: int
             f"it knows {first_ten(labels.class_names)}",
         )
     one_split = replace(table, rows=tuple(replace(row, split="test") for row in table.rows))
-    loader = split_loaders(one_split, labels, classifier.metadata.input_spec, batch_size=batch_size)["test"]
+    loader = split_loaders(
+        one_split, labels, classifier.metadata.input_spec, batch_size=batch_size, processes=processes
+    )["test"]
     with reporter.progress("Scoring", len(table)) as advance:
         found = predict_batches(
             classifier.model,
@@ -68,7 +78,9 @@ def evaluate_table(classifier: Classifier, table: ImageTable, *, batch_size: int
             device=classifier.device,
             temperature=classifier.metadata.calibration or 1.0,
             advance=advance,
+            processes=processes,
         )
+    assert len(found.image_paths) == len(table)
     return score(found.class_indices_N, found.probabilities_NK, labels.class_names)
 
 

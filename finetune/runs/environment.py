@@ -9,12 +9,13 @@ from typing import Any
 PACKAGES = ("finetune", "torch", "torchvision", "timm", "accelerate", "scikit-learn", "numpy", "pillow", "safetensors")
 
 
-def describe_environment(*, device: str, threads: int, precision: str, seed: int) -> dict[str, Any]:
+def describe_environment(*, device: str, processes: int, threads: int, precision: str, seed: int) -> dict[str, Any]:
     """Return what environment.json holds; `threads` are those torch computes with, `precision` what it trains in."""
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "processors": os.cpu_count(),
+        "processes": processes,
         "packages": {name: _version(name) for name in PACKAGES},
         "device": device,
         "threads": threads,
@@ -22,6 +23,11 @@ def describe_environment(*, device: str, threads: int, precision: str, seed: int
         "seed": seed,
         "command": sys.argv,
     }
+
+
+def available_cores() -> int:
+    """Return on how many processors this process may run."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(package: str) -> str | None:

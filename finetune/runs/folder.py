@@ -1,6 +1,7 @@
 """The run folder: its names, how it is opened, and how files get into it whole."""
 
 import fcntl
+import itertools
 import os
 import re
 import shutil
@@ -122,13 +123,21 @@ EARLY_NAMES = frozenset({"bad_files.csv", "split.csv", "advice.json", "metrics.j
 
 def next_free_folder(data: str, model: str) -> Path:
     """Return runs/<data>-<model>, or with -2, -3 … appended where that is taken."""
+    return next(path for path in _default_folders(data, model) if not path.exists())
+
+
+def newest_folder(data: str, model: str) -> Path | None:
+    """Return the one before `next_free_folder`, if there is one."""
+    taken = list(itertools.takewhile(Path.exists, _default_folders(data, model)))
+    return taken[-1] if taken else None
+
+
+def _default_folders(data: str, model: str) -> Iterator[Path]:
     source = Path(data).resolve()
     name = source.name if source.is_dir() else source.stem
     stem = "-".join(re.sub(r"[^\w.]+", "-", part).strip("-.") or "data" for part in (name, model))
-    number = 1
-    while (path := Path("runs") / (stem if number == 1 else f"{stem}-{number}")).exists():
-        number += 1
-    return path
+    yield Path("runs") / stem
+    yield from (Path("runs") / f"{stem}-{number}" for number in itertools.count(2))
 
 
 @contextmanager

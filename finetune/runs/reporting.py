@@ -49,5 +49,23 @@ class LoggingReporter:
         yield _ignore
 
 
+class SilentReporter:
+    """The reporter of a process whose work another one tells of."""
+
+    def say(self, text: str) -> None:
+        """Show nothing."""
+
+    warn = say
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Show nothing."""
+
+    @contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Advance]:
+        """Show nothing."""
+        del label, total
+        yield _ignore
+
+
 def _ignore(_count: int, _text: str) -> None:
     """Stand for a bar that nobody sees."""

@@ -29,6 +29,7 @@ from finetune.models.neighbours import require_vectors
 from finetune.runs import strict_json
 from finetune.runs.environment import describe_environment
 from finetune.runs.folder import RunFolder, write_whole
+from finetune.runs.processes import ALONE, Processes
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
 from finetune.training.budget import Budget
@@ -42,10 +43,18 @@ OTHER_IMAGES = "the images are not those that training began with"
 ANEW = "train anew with another --output"
 
 
-def assemble(config: TrainConfig, run: RunFolder, listing: Listing, reporter: Reporter, *, began: float) -> Job:
+def assemble(
+    config: TrainConfig,
+    run: RunFolder,
+    listing: Listing,
+    reporter: Reporter,
+    *,
+    began: float,
+    processes: Processes = ALONE,
+) -> Job:
     """Turn `config` into a job on the images of `listing`: a new one, or the one that `resume` goes on with.
 
-    `began` is when its budget, if it has one, began to run, by time.monotonic().
+    `began` is when its budget, if it has one, began to run, by time.monotonic(), and `processes` those that share it.
 
     Raises:
         ConfigError, DataError, ModelError: The options, the images or the network cannot be used.
@@ -53,29 +62,41 @@ def assemble(config: TrainConfig, run: RunFolder, listing: Listing, reporter: Re
     """
     device = resolve_device(config.device)
     seed_everything(config.seed)
-    budget = Budget(parse_seconds(config.budget), began=began) if config.budget else None
+    budget = Budget(parse_seconds(config.budget), began=began, processes=processes) if config.budget else None
     if config.resume:
-        job, saved = _saved_job(config, run, listing, device, reporter)
+        job, saved = _saved_job(config, run, listing, device, reporter, processes=processes)
         job.budget = budget
         job.enter_phase()
         job.fit_budget()
         saved_plan = saved.values["identity"]["plans"][job.progress.phase]
         job.progress = restore_state(saved, job.learner, is_longer=job.plan.epochs > saved_plan["epochs"])
-        _forget_later_events(run, saved)
+        if processes.is_main:
+            _forget_later_events(run, saved)
     else:
-        job = _new_job(config, run, listing, device, reporter, budget=budget)
+        job = _new_job(config, run, listing, device, reporter, budget=budget, processes=processes)
+        processes.same(job.backbone.module.state_dict().values())
         job.enter_phase()
         job.fit_budget()
-        environment = describe_environment(
-            device=str(device),
-            threads=torch.get_num_threads(),
-            precision=resolve_precision(config.precision, device, job.batches.model),
-            seed=config.seed,
-        )
-        write_whole(run.environment, strict_json.dump(environment, indent=1))
+        if processes.rank:
+            torch.manual_seed(config.seed + processes.rank)  # so that each drops out what it pleases
     job.config = _resolved(config, job)
-    write_whole(run.config, to_yaml(job.config))
+    if processes.is_main:
+        _write_down(job, is_new=not config.resume)
     return job
+
+
+def _write_down(job: Job, *, is_new: bool) -> None:
+    """Write how the training is set up, and, when it is new, where."""
+    if is_new:
+        environment = describe_environment(
+            device=str(job.device),
+            processes=job.processes.count,
+            threads=torch.get_num_threads(),
+            precision=resolve_precision(job.config.precision, job.device, job.batches.model),
+            seed=job.config.seed,
+        )
+        write_whole(job.run.environment, strict_json.dump(environment, indent=1))
+    write_whole(job.run.config, to_yaml(job.config))
 
 
 def _new_job(
@@ -86,17 +107,37 @@ def _new_job(
     reporter: Reporter,
     *,
     budget: Budget | None,
+    processes: Processes,
 ) -> Job:
     backbone = _network(config, listing, device)
     if budget and config.image_size == "auto":
-        config, backbone = _in_time(config, listing, backbone, budget, device)
+        config, backbone = _in_time(config, listing, backbone, budget, device, processes=processes)
     with ExitStack() as stack:
         trunk_pass = None
         if is_studied(config, backbone):
             precision = resolve_precision(config.precision, device, backbone.module)
-            trunk_pass = stack.enter_context(_pooled_pass(backbone, listing, device, precision, reporter))
-        table, label_map = _images(config, run, listing, onlooker=trunk_pass, reporter=reporter)
-        plans = start_network(config, run, backbone, table, label_map, trunk_pass=trunk_pass, reporter=reporter)
+            trunk_pass = stack.enter_context(
+                TrunkPass(
+                    pooled_trunk(backbone),
+                    data_root=listing.root,
+                    images=len(processes.share(listing.rows)),
+                    device=device,
+                    reporter=reporter,
+                    precision=precision,
+                    processes=processes,
+                )
+            )
+        table, label_map = _images(config, run, listing, onlooker=trunk_pass, processes=processes, reporter=reporter)
+        plans = start_network(
+            config,
+            run,
+            backbone,
+            table,
+            label_map,
+            trunk_pass=trunk_pass,
+            processes=processes,
+            reporter=reporter,
+        )
     if plans[0].start == "fresh" and backbone.is_pretrained:
         backbone = _network(config, listing, device, is_filled_later=True)
     return Job(
@@ -108,21 +149,30 @@ def _new_job(
         plans=plans,
         device=device,
         reporter=reporter,
+        processes=processes,
         budget=budget,
     )
 
 
 def _in_time(
-    config: TrainConfig, listing: Listing, backbone: Backbone, budget: Budget, device: torch.device
+    config: TrainConfig,
+    listing: Listing,
+    backbone: Backbone,
+    budget: Budget,
+    device: torch.device,
+    *,
+    processes: Processes,
 ) -> tuple[TrainConfig, Backbone]:
     """Return the config and the network for images as large as there is time for."""
     spec = backbone.input_spec
-    size_px = budget.image_size(
-        backbone.module,
-        size_px=spec.image_size_px,
-        channels=spec.channels,
-        images=len(listing.rows),
-        device=device,
+    size_px = processes.from_main(
+        lambda: budget.image_size(
+            backbone.module,
+            size_px=spec.image_size_px,
+            channels=spec.channels,
+            images=len(processes.share(listing.rows)),
+            device=device,
+        )
     )
     if size_px == spec.image_size_px:
         return config, backbone
@@ -134,10 +184,16 @@ def _in_time(
 
 
 def _saved_job(
-    config: TrainConfig, run: RunFolder, listing: Listing, device: torch.device, reporter: Reporter
+    config: TrainConfig,
+    run: RunFolder,
+    listing: Listing,
+    device: torch.device,
+    reporter: Reporter,
+    *,
+    processes: Processes,
 ) -> tuple[Job, SavedState]:
     """Return the job that `run` holds, with the weights of its last save but nothing else restored yet."""
-    saved = read_state(run, reporter)
+    saved = processes.from_main(lambda: read_state(run, reporter))
     identity = saved.values["identity"]
     _refuse_changes(config, identity["options"], run)
     backbone = _network(config, listing, device, is_filled_later=True)
@@ -145,7 +201,7 @@ def _saved_job(
     config = replace(config, phases=config.phases or identity["phases"])
     plans = _saved_plans(config, identity["plans"], names)
     _refuse_other_phases(config, plans, names, run, had_phases=bool(identity["phases"]))
-    table, label_map = _images(config, run, listing, onlooker=None, reporter=reporter)
+    table, label_map = _images(config, run, listing, onlooker=None, processes=processes, reporter=reporter)
     if identity["data_fingerprint"] != table.fingerprint():
         raise RunError(f"{run.path} cannot be resumed: {OTHER_IMAGES}", ANEW)
     backbone.module.load_state_dict(saved.model)  # what frozen layers give is computed before all is restored
@@ -158,6 +214,7 @@ def _saved_job(
         plans=plans,
         device=device,
         reporter=reporter,
+        processes=processes,
         progress=Progress(phase=saved.values["progress"]["phase"]),
     )
     return job, saved
@@ -170,21 +227,14 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _pooled_pass(
-    backbone: Backbone, listing: Listing, device: torch.device, precision: str, reporter: Reporter
-) -> TrunkPass:
-    return TrunkPass(
-        pooled_trunk(backbone),
-        data_root=listing.root,
-        images=len(listing.rows),
-        device=device,
-        reporter=reporter,
-        precision=precision,
-    )
-
-
 def _images(
-    config: TrainConfig, run: RunFolder, listing: Listing, *, onlooker: Onlooker | None, reporter: Reporter
+    config: TrainConfig,
+    run: RunFolder,
+    listing: Listing,
+    *,
+    onlooker: Onlooker | None,
+    processes: Processes,
+    reporter: Reporter,
 ) -> tuple[ImageTable, LabelMap]:
     images = read_images(
         Path(config.data),
@@ -192,17 +242,20 @@ def _images(
         label_names=config.label_names,
         allow_bad_images=config.allow_bad_images,
         onlooker=onlooker,
+        processes=processes,
         reporter=reporter,
     )
-    write_bad_files(images.scan.bad_files, run.bad_files)
+    if processes.is_main:
+        write_bad_files(images.scan.bad_files, run.bad_files)
     for finding in images.diagnosis.findings:
         if finding.severity == "warning":
             reporter.warn(finding.message)
     require_trainable(images.diagnosis)
     if config.resume:
-        return apply_split(images.scan.table, run.split), images.label_map
+        return processes.from_main(lambda: apply_split(images.scan.table, run.split)), images.label_map
     table = split_table(images.scan.table, seed=config.seed, valid_fraction=config.valid_fraction)
-    write_split_csv(table, run.split)
+    if processes.is_main:
+        write_split_csv(table, run.split)
     return table, images.label_map
 
 

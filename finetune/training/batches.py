@@ -24,7 +24,9 @@ from finetune.evaluation.infer import probabilities_of
 from finetune.features.cache import View
 from finetune.features.cut import cut_model
 from finetune.features.trunk import boundary_trunk
+from finetune.models.device import resolve_precision
 from finetune.models.initialize import Backbone
+from finetune.runs.processes import Processes
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
 from finetune.training.boundary import activation_datasets
@@ -59,12 +61,12 @@ def build_batches(
     label_map: LabelMap,
     *,
     device: torch.device,
-    precision: str,
+    processes: Processes,
     reporter: Reporter,
 ) -> Batches:
     """Build the loaders of a training that follows `plan`.
 
-    Frozen stages that are to run once do so here, on whatever the cache lacks, a GPU in `precision`. Random changes are
+    Frozen stages that are to run once do so here, on whatever the cache lacks. Random changes are
     left to a GPU, for they take a CPU longer.
 
     Raises:
@@ -78,11 +80,15 @@ def build_batches(
             table,
             label_map,
             views=[View(augmentation=config.augmentation, seed=config.seed, number=n) for n in range(plan.views)],
-            precision=precision,
+            precision=resolve_precision(config.precision, device, backbone.module),
+            processes=processes,
             reporter=reporter,
         )
-        loaders = {split: evaluation_loader(data, batch_size=config.batch_size) for split, data in datasets.items()}
-        loaders["train"] = _training_loader(config, datasets["train"], workers=0)
+        loaders = {
+            split: evaluation_loader(data, batch_size=config.batch_size, processes=processes)
+            for split, data in datasets.items()
+        }
+        loaders["train"] = _training_loader(config, datasets["train"], workers=0, processes=processes)
         return Batches(loaders=loaders, model=cut.rest, workers=0)
     spec, train = backbone.input_spec, table.select("train")
     is_held = can_hold(table, spec, config.augmentation) and not config.random_erasing
@@ -104,21 +110,39 @@ def build_batches(
             is_drafting=device.type == "cuda",
             random_erasing=config.random_erasing,
         )
-    workers = _workers(config, backbone, table, label_map, device) if pixels is None and plan.epochs else 0
+    workers = 0
+    if pixels is None and plan.epochs:
+        workers = processes.from_main(lambda: _workers(config, backbone, table, label_map, device))
     loaders = split_loaders(
-        table, label_map, spec, batch_size=config.batch_size, workers=workers, pixels=pixels, pictures=pictures
+        table,
+        label_map,
+        spec,
+        batch_size=config.batch_size,
+        workers=workers,
+        pixels=pixels,
+        pictures=pictures,
+        processes=processes,
     )
-    loaders["train"] = _training_loader(config, dataset, workers=workers)
+    loaders["train"] = _training_loader(config, dataset, workers=workers, processes=processes)
     finish = dataset.finish if isinstance(dataset, ImageDataset) and dataset.is_drafting else None
     return Batches(loaders=loaders, model=backbone.module, workers=workers, pictures=pictures, finish=finish)
 
 
-def _training_loader(config: TrainConfig, dataset: LabelledDataset, *, workers: int) -> DataLoader[Any]:
+def _training_loader(
+    config: TrainConfig, dataset: LabelledDataset, *, workers: int, processes: Processes
+) -> DataLoader[Any]:
     weights_N = None
     if config.imbalance == "balanced-sampling":
         class_indices_N = torch.tensor(dataset.class_indices)
         weights_N = 1.0 / torch.bincount(class_indices_N)[class_indices_N].double()
-    return training_loader(dataset, batch_size=config.batch_size, seed=config.seed, workers=workers, weights=weights_N)
+    return training_loader(
+        dataset,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        workers=workers,
+        weights=weights_N,
+        processes=processes,
+    )
 
 
 def _workers(

@@ -26,6 +26,7 @@ from finetune.features.trunk import Trunk, map_dtype
 from finetune.models.device import as_inputs
 from finetune.models.initialize import Backbone
 from finetune.runs.cache_folder import cache_folder, cache_limit_bytes, is_inside
+from finetune.runs.processes import Processes
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
 from finetune.training.objectives import main_output
@@ -232,6 +233,7 @@ def activation_datasets(
     *,
     views: Sequence[View],
     precision: str,
+    processes: Processes,
     reporter: Reporter,
 ) -> dict[str, ActivationDataset]:
     """Run `trunk` on whatever the cache lacks and return a data set for each split that has images.
@@ -256,6 +258,7 @@ def activation_datasets(
                 reporter=reporter,
                 view=view,
                 precision=precision,
+                processes=processes,
             ) as trunk_pass:
                 trunk_pass.fill(part, reporter)
             caches.append(trunk_pass.cache)

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from finetune.data.loaders import EpochSampler, readable
+from finetune.data.loaders import EpochSampler, then_none
 from finetune.errors import ConfigError
 from finetune.models.device import as_inputs
+from finetune.runs.processes import ALONE, Processes
 from finetune.training.loop import evaluate_loss
 from finetune.training.progress import Progress
 from finetune.training.step import Learner, train_step, undone
@@ -49,9 +50,11 @@ class Budget:
     Args:
         seconds: The budget.
         began: When it began to run, by time.monotonic().
+        processes: Those that stop together, as soon as one of them has no time left.
     """
 
-    def __init__(self, seconds: float, *, began: float) -> None:
+    def __init__(self, seconds: float, *, began: float, processes: Processes = ALONE) -> None:
+        self.processes = processes
         self.seconds = seconds
         self.deadline = began + seconds
         self.ending = ENDING_SECONDS
@@ -64,7 +67,7 @@ class Budget:
     @property
     def is_used_up(self) -> bool:
         """Whether no more remains than it takes to end."""
-        return self.left < self.ending
+        return self.processes.any(self.left < self.ending)
 
     def epoch_started(self, progress: Progress) -> None:
         """Nothing to do."""
@@ -123,7 +126,6 @@ def measure_pace(learner: Learner, loaders: dict[str, DataLoader[Any]], *, left:
 
     The learner's optimiser and schedule are used up by it; its network and the random generators are as before.
     """
-    train_batches, valid_batches = learner.accelerator.prepare(loaders["train"], loaders["valid"])
     with undone(learner) as trying:
         seconds = []
         for _ in range(2):
@@ -131,15 +133,17 @@ def measure_pace(learner: Learner, loaders: dict[str, DataLoader[Any]], *, left:
             if isinstance(sampler, EpochSampler):
                 sampler.start(0)
             times = [time.monotonic()]
-            for batch in itertools.islice(readable(train_batches), MEASURED_STEPS + 1):
+            batches = then_none(learner.placed(loaders["train"]), len(loaders["train"]))
+            for batch in itertools.islice(batches, MEASURED_STEPS + 1):
                 train_step(trying, batch)
                 times.append(time.monotonic())
-                if len(times) > 2 and times[-1] - times[0] > MEASURED_SHARE * left:
+                took_long = len(times) > 2 and times[-1] - times[0] > MEASURED_SHARE * left
+                if learner.processes.any(took_long):
                     break
             warm = times[1:] if len(times) > 2 else times  # of a single step the first is all there is
             seconds.append((warm[-1] - warm[0]) / (len(warm) - 1))
         started = time.monotonic()
-        validated = evaluate_loss(trying, itertools.islice(valid_batches, MEASURED_STEPS)).images
+        validated = evaluate_loss(trying, itertools.islice(loaders["valid"], MEASURED_STEPS)).images
         an_image = (time.monotonic() - started) / validated
     images = {split: len(loader.dataset) for split, loader in loaders.items()}  # type: ignore[arg-type]
     validation = an_image * images["valid"]

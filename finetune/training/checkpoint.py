@@ -9,9 +9,9 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from finetune.runs.reporting import Reporter
 from finetune.training.progress import Progress
 from finetune.training.step import Learner
 
-FORMAT_NUMBER = 2
+Tensors = dict[str, torch.Tensor]
+
+FORMAT_NUMBER = 3
 SAVE_EVERY_SECONDS = 600.0
 TRAINING_PER_SAVE = 30  # seconds that must go by after a save for each second that it took
 KEPT = 2  # newest saves kept, beside the best
@@ -40,19 +42,19 @@ class SavedState:
     """What one save holds, read and verified."""
 
     folder: Path
-    model: dict[str, torch.Tensor]
-    best: dict[str, torch.Tensor]
-    """The best weights, where they have no save of their own."""
-    optimizer: dict[str, torch.Tensor]
-    rng: dict[str, torch.Tensor]
-    ema: dict[str, torch.Tensor]
+    model: Tensors
+    best: Tensors
+    """The best weights so far."""
+    optimizer: Tensors
+    rng: Tensors
+    ema: Tensors
     """The moving average of the weights, where there is one."""
-    start: dict[str, torch.Tensor]
+    start: Tensors
     """The weights that training began with, where they are needed in the end."""
     values: dict[str, Any]
 
     @property
-    def scored(self) -> dict[str, torch.Tensor]:
+    def scored(self) -> Tensors:
         """The weights that validation has seen."""
         return self.ema or self.model
 
@@ -81,13 +83,15 @@ class Checkpointer:
 
     def step_ended(self, progress: Progress) -> None:
         """Save when ten minutes have gone by, or when training is about to stop."""
-        if progress.is_interrupted or time.monotonic() - self.saved_at > SAVE_EVERY_SECONDS:
+        is_due = progress.is_interrupted or time.monotonic() - self.saved_at > SAVE_EVERY_SECONDS
+        if self.learner.processes.any(is_due):
             self.save(progress)
 
     def epoch_ended(self, progress: Progress) -> None:
         """Save, unless the last save is too recent for what it cost; the last epoch always."""
-        is_last = progress.epoch == progress.epochs or progress.stop_reason
-        if is_last or time.monotonic() - self.saved_at >= TRAINING_PER_SAVE * self.save_seconds:
+        is_last = progress.epoch == progress.epochs or bool(progress.stop_reason)
+        is_due = is_last or time.monotonic() - self.saved_at >= TRAINING_PER_SAVE * self.save_seconds
+        if self.learner.processes.any(is_due):
             self.save(progress)
 
     def save(self, progress: Progress) -> None:
@@ -97,24 +101,41 @@ class Checkpointer:
             StorageError: The disk has refused for the third time in a row.
         """
         started = time.monotonic()
-        try:
-            write_state(self.run, self.learner, progress, identity=self.identity)
-        except OSError as error:
+        generators = self.learner.processes.gather(_pack_rng())
+        refusal = self.learner.processes.from_main(lambda: self._refusal(progress, generators))
+        if refusal:
             self.failures += 1
             if self.failures >= FAILURES_BORNE:
                 raise StorageError(
-                    f"{self.run.checkpoints} refused {self.failures} saves in a row: {error}",
+                    f"{self.run.checkpoints} refused {self.failures} saves in a row: {refusal}",
                     "free some space, then --resume",
-                ) from error
-            self.reporter.warn(f"the training state could not be saved ({error}); the one before is kept.")
+                )
+            self.reporter.warn(f"the training state could not be saved ({refusal}); the one before is kept.")
         else:
             self.failures = 0
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - started
 
+    def _refusal(self, progress: Progress, generators: Sequence[Tensors]) -> str:
+        """Write one save and return why the disk refused it, nothing if it did not."""
+        try:
+            write_state(self.run, self.learner, progress, identity=self.identity, generators=generators)
+        except OSError as error:
+            return str(error)
+        return ""
 
-def write_state(run: RunFolder, learner: Learner, progress: Progress, *, identity: Mapping[str, Any]) -> None:
+
+def write_state(
+    run: RunFolder,
+    learner: Learner,
+    progress: Progress,
+    *,
+    identity: Mapping[str, Any],
+    generators: Sequence[Tensors] = (),
+) -> None:
     """Write the whole training state as one save, and prune older ones only once it is in place.
+
+    `generators` are the states of the random generators of every process, by default those of this one alone.
 
     Raises:
         OSError: The disk is full or refuses; nothing that was there before is touched.
@@ -124,7 +145,7 @@ def write_state(run: RunFolder, learner: Learner, progress: Progress, *, identit
     files = {
         "model.safetensors": save(_packed(model.state_dict())),
         "optimizer.safetensors": save(optimizer_tensors),
-        "rng.safetensors": save(_pack_rng()),
+        "rng.safetensors": save(_packed_by_rank(generators or [_pack_rng()])),
         "state.json": strict_json.dump(
             {
                 "format_number": FORMAT_NUMBER,
@@ -165,7 +186,8 @@ def read_state(run: RunFolder, reporter: Reporter) -> SavedState:
     """
     for folder in sorted(run.checkpoints.glob("step-*"), reverse=True):
         try:
-            return _verified(folder)
+            state = _verified(folder)
+            return replace(state, best=_read_best(state))
         except RunError:
             raise  # whole, but of another version
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -184,7 +206,7 @@ def restore_state(state: SavedState, learner: Learner, *, is_longer: bool) -> Pr
     Raises:
         RunError: The best weights so far are gone, or the optimiser moves other parameters.
     """
-    progress = Progress.from_json(state.values["progress"], _read_best(state), state.start)
+    progress = Progress.from_json(state.values["progress"], state.best, state.start)
     first_rates = [float(group["lr"]) for group in learner.optimizer.param_groups]
     learner.network.load_state_dict(state.model)
     learner.parts = state.values["parts"]
@@ -197,11 +219,11 @@ def restore_state(state: SavedState, learner: Learner, *, is_longer: bool) -> Pr
         learner.schedule.restore(state.values["schedule"])
     if learner.accelerator.scaler is not None and state.values["scaler"]:
         learner.accelerator.scaler.load_state_dict(state.values["scaler"])
-    _unpack_rng(state.rng)
+    _unpack_rng(state.rng, rank=learner.processes.rank)
     return progress
 
 
-def _read_best(state: SavedState) -> dict[str, torch.Tensor]:
+def _read_best(state: SavedState) -> Tensors:
     """Return the best weights known when `state` was saved.
 
     Raises:
@@ -286,14 +308,12 @@ def _verified(folder: Path) -> SavedState:
     )
 
 
-def _packed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _packed(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     """Return copies as safetensors takes them: on the CPU, apart from each other, in the order of their dimensions."""
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
-def _pack_optimizer(
-    optimizer: Optimizer, model: torch.nn.Module
-) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+def _pack_optimizer(optimizer: Optimizer, model: torch.nn.Module) -> tuple[Tensors, list[dict[str, Any]]]:
     """Return the state tensors as "<parameter>/<state>" and the groups with parameters by name."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors = _packed(
@@ -319,7 +339,7 @@ def _unpack_optimizer(
     order = [name for group in groups for name in group["params"]]
     if order != [name for group in _pack_optimizer(optimizer, model)[1] for name in group["params"]]:
         raise RunError("the saved optimiser moves other parameters than this run's", "train anew with --overwrite")
-    states: dict[int, dict[str, torch.Tensor]] = {}
+    states: dict[int, Tensors] = {}
     for path, tensor in tensors.items():
         name, key = path.rsplit("/", 1)
         states.setdefault(order.index(name), {})[key] = tensor.to(parameters[name].device)
@@ -332,7 +352,7 @@ def _tuples(group: Mapping[str, Any]) -> dict[str, Any]:
     return {"betas": tuple(group["betas"])} if "betas" in group else {}
 
 
-def _pack_rng() -> dict[str, torch.Tensor]:
+def _pack_rng() -> Tensors:
     """Return the states of torch's, NumPy's and Python's global generators as integer tensors."""
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, words, gauss = random.getstate()
@@ -350,7 +370,15 @@ def _cuda_states() -> list[torch.Tensor]:
     return list(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else []
 
 
-def _unpack_rng(states: Mapping[str, torch.Tensor]) -> None:
+def _packed_by_rank(generators: Sequence[Tensors]) -> Tensors:
+    return {f"{rank}/{name}": state for rank, states in enumerate(generators) for name, state in states.items()}
+
+
+def _unpack_rng(by_rank: Tensors, *, rank: int) -> None:
+    """Put the global generators back; in a process that was not there when they were saved they stay as they are."""
+    states = {name.partition("/")[2]: state for name, state in by_rank.items() if name.startswith(f"{rank}/")}
+    if not states:
+        return
     torch.set_rng_state(states["torch"])
     position, has_gauss, *keys = states["numpy"].tolist()
     np.random.set_state(

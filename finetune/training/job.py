@@ -10,11 +10,12 @@ from finetune.config.schema import OPTION_NAMES, TrainConfig
 from finetune.data.table import ImageTable
 from finetune.models.initialize import Backbone
 from finetune.runs.folder import RunFolder
+from finetune.runs.processes import ALONE, Processes
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
-from finetune.training.batches import Batches
+from finetune.training.batches import Batches, build_batches
 from finetune.training.budget import Budget, measure_pace
-from finetune.training.phase import build_learner, freeze_and_load
+from finetune.training.phase import build_learner, freeze
 from finetune.training.plan import Plan
 from finetune.training.progress import Progress
 from finetune.training.step import Learner
@@ -38,6 +39,7 @@ class Job:
     """One for each phase."""
     device: torch.device
     reporter: Reporter
+    processes: Processes = ALONE
     budget: Budget | None = None
     had_no_time: bool = False
     """Whether the budget does not do for an epoch."""
@@ -62,13 +64,15 @@ class Job:
             ImageError, DataError: A file can no longer be read, or has changed.
         """
         self.close()
-        self.batches = freeze_and_load(
+        freeze(self.plan, self.backbone)
+        self.batches = build_batches(
             self.config,
             self.plan,
             self.backbone,
             self.table,
             self.label_map,
             device=self.device,
+            processes=self.processes,
             reporter=self.reporter,
         )
         self.learner = self._build_learner()
@@ -81,8 +85,10 @@ class Job:
         """
         if self.budget is None or self.plan.epochs == 0:
             return
-        pace = measure_pace(self.learner, self.batches.loaders, left=self.budget.left)
-        fitting = self.budget.fit(pace, most=self.plan.epochs, validations=1 + self.learner.averages_ends)
+        measured = measure_pace(self.learner, self.batches.loaders, left=self.budget.left)
+        pace = self.processes.from_main(lambda: measured)
+        fits = self.budget.fit(pace, most=self.plan.epochs, validations=1 + self.learner.averages_ends)
+        fitting = self.processes.from_main(lambda: fits)
         if not self.config.resume:
             # A random head needs what there is: a part of an epoch, if need be.
             epochs = max(fitting, 1) if self.plan.head_start == "random" else fitting
@@ -96,7 +102,13 @@ class Job:
 
     def _build_learner(self) -> Learner:
         learner = build_learner(
-            self.config, self.plan, self.backbone, self.batches, device=self.device, reporter=self.reporter
+            self.config,
+            self.plan,
+            self.backbone,
+            self.batches,
+            device=self.device,
+            processes=self.processes,
+            reporter=self.reporter,
         )
         learner.averages_ends = learner.keeps_start and self.is_last_phase
         return learner

@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from finetune.data.loaders import EpochSampler, readable
+from finetune.data.loaders import EpochSampler, then_none
 from finetune.errors import ConfigError, DivergedError
 from finetune.models.device import as_inputs
 from finetune.training.objectives import check_pairing, main_output
-from finetune.training.progress import History, Progress, Totals, Watcher
+from finetune.training.progress import History, Outcome, Progress, Totals, Watcher
 from finetune.training.schedules import Schedule
 from finetune.training.step import LOWER_RATES, Learner, train_step
 
@@ -71,18 +71,14 @@ def run_epochs(
     if missing := {"train", "valid"} - set(loaders):
         raise ConfigError(f"the loaders lack {sorted(missing)}", "pass {'train': loader, 'valid': loader}")
     check_pairing(learner.network, learner.criterion)
-    sampler = loaders["train"].batch_sampler
-    accelerator = learner.accelerator
-    model, optimizer = accelerator.prepare(learner.model, learner.optimizer)
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # scores come in float32, as those of a saved model do
-    train_batches, valid_batches = accelerator.prepare(loaders["train"], loaders["valid"])
-    learner.model = model
-    if accelerator.scaler is not None or accelerator.num_processes > 1:
-        learner.optimizer = optimizer  # else it adds nothing but time: it looks for a package at every step
+    sampler, valid_loader = loaders["train"].batch_sampler, loaders["valid"]
+    learner.model.to(learner.accelerator.device)
+    if learner.accelerator.scaler is not None:  # which takes the scale out of the gradients
+        learner.optimizer = learner.accelerator.prepare(learner.optimizer)
     progress.epochs, progress.images_per_epoch = num_epochs, len(loaders["train"].dataset)  # type: ignore[arg-type]
 
     if not progress.has_started:
-        start = evaluate_loss(learner, valid_batches)
+        start = _validate(learner, valid_loader)
         progress.history.start_loss, progress.history.start_accuracy = start.mean_loss, start.accuracy
         progress.keep_best(learner.network, start.accuracy)
         progress.start_weights = progress.best_weights
@@ -94,8 +90,11 @@ def run_epochs(
         for watcher in watchers:
             watcher.epoch_started(progress)
         learner.model.train()
-        for batch in readable(train_batches):
-            progress.totals.add(*train_step(learner, batch, step=progress.global_step + 1))
+        batches = learner.placed(loaders["train"])
+        if learner.processes.count > 1:
+            batches = then_none(batches, len(loaders["train"]) - progress.step)
+        for batch in batches:
+            progress.totals.add(train_step(learner, batch, step=progress.global_step + 1))
             progress.step += 1
             progress.global_step += 1
             for watcher in watchers:
@@ -103,13 +102,12 @@ def run_epochs(
             if progress.stop_reason:
                 break
         if not progress.is_interrupted:
-            _end_epoch(learner, valid_batches, progress=progress, seconds=time.monotonic() - started)
+            _end_epoch(learner, valid_loader, progress=progress, seconds=time.monotonic() - started)
             for watcher in watchers:
                 watcher.epoch_ended(progress)
 
     if learner.averages_ends and progress.start_weights and progress.history.best_epoch and not progress.is_interrupted:
-        _average_ends(learner, valid_batches, progress)
-    learner.model = accelerator.unwrap_model(model)
+        _average_ends(learner, valid_loader, progress)
     learner.network.load_state_dict(progress.best_weights)
     learner.network.eval()
     learner.model.eval()
@@ -117,22 +115,32 @@ def run_epochs(
 
 @torch.no_grad()
 def evaluate_loss(learner: Learner, batches: Iterable[Any]) -> Totals:
-    """Return loss and accuracy of the model, in eval mode, over `batches`; exact over several processes."""
+    """Return loss and accuracy of the model, in eval mode, over `batches`, those of all processes together."""
     learner.model.eval()
-    totals = Totals()
-    for batch in readable(batches):
-        local_BK = main_output(learner.model(*as_inputs(batch[0])))
-        outputs_BK, class_indices_B = learner.accelerator.gather_for_metrics((local_BK.float(), batch[1]))
+    own = []
+    for images, class_indices_B, *_ in learner.placed(batches):
+        outputs_BK = main_output(learner.model(*as_inputs(images))).float()
+        right = int((outputs_BK.argmax(dim=1) == class_indices_B).sum())
         loss = float(learner.criterion(outputs_BK, class_indices_B))
-        totals.add(loss, int((outputs_BK.argmax(dim=1) == class_indices_B).sum()), len(class_indices_B))
+        own.append(Outcome(loss=loss, right=right, images=len(class_indices_B)))
+    totals = Totals()
+    for outcome in learner.processes.gather_shares(own):  # in the order that one process would have
+        totals.add(outcome)
     return totals
 
 
-def _end_epoch(learner: Learner, valid_batches: Iterable[Any], *, progress: Progress, seconds: float) -> None:
+def _validate(learner: Learner, valid_loader: DataLoader[Any]) -> Totals:
+    totals = evaluate_loss(learner, valid_loader)
+    is_alone = learner.processes.count == 1
+    assert is_alone or totals.images == len(valid_loader.dataset), totals  # type: ignore[arg-type]
+    return totals
+
+
+def _end_epoch(learner: Learner, valid_loader: DataLoader[Any], *, progress: Progress, seconds: float) -> None:
     history = progress.history
     history.learning_rates.append(float(learner.optimizer.param_groups[0]["lr"]))
     with learner.averaged():
-        valid = evaluate_loss(learner, valid_batches)
+        valid = _validate(learner, valid_loader)
         if not math.isfinite(valid.mean_loss):
             raise DivergedError(
                 f"the validation loss of epoch {progress.epoch + 1} became {valid.mean_loss}; "
@@ -151,14 +159,14 @@ def _end_epoch(learner: Learner, valid_batches: Iterable[Any], *, progress: Prog
     progress.step, progress.totals = 0, Totals()
 
 
-def _average_ends(learner: Learner, valid_batches: Iterable[Any], progress: Progress) -> None:
+def _average_ends(learner: Learner, valid_loader: DataLoader[Any], progress: Progress) -> None:
     """Keep the mean of the start's weights and the best ones if it is no worse (Wortsman 2022, arXiv 2109.01903)."""
     mean = {
         name: best.lerp(progress.start_weights[name], 0.5) if best.is_floating_point() else best
         for name, best in progress.best_weights.items()
     }
     learner.network.load_state_dict(mean)
-    accuracy = evaluate_loss(learner, valid_batches).accuracy
+    accuracy = _validate(learner, valid_loader).accuracy
     progress.history.ends_accuracy = accuracy
     if accuracy >= progress.history.best_accuracy:
         progress.best_weights = mean

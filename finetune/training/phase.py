@@ -4,15 +4,14 @@ import torch
 from timm.utils import ModelEmaV3
 
 from finetune.config.schema import TrainConfig
-from finetune.data.table import ImageTable
 from finetune.models.device import resolve_precision
 from finetune.models.freezing import freeze_stages, hold_batch_norm
 from finetune.models.heads import head_module
 from finetune.models.initialize import Backbone
 from finetune.models.param_groups import parameter_groups
-from finetune.runs.records import LabelMap
+from finetune.runs.processes import Processes
 from finetune.runs.reporting import Reporter
-from finetune.training.batches import Batches, build_batches
+from finetune.training.batches import Batches
 from finetune.training.mixing import Mix
 from finetune.training.objectives import balanced_class_weights, build_criterion
 from finetune.training.plan import Plan
@@ -20,28 +19,11 @@ from finetune.training.schedules import build_schedule
 from finetune.training.step import Learner, build_accelerator
 
 
-def freeze_and_load(
-    config: TrainConfig,
-    plan: Plan,
-    backbone: Backbone,
-    table: ImageTable,
-    label_map: LabelMap,
-    *,
-    device: torch.device,
-    reporter: Reporter,
-) -> Batches:
-    """Freeze what `plan` freezes and build the loaders that follow it.
-
-    Raises:
-        ImageError, DataError: A file can no longer be read, or has changed.
-    """
+def freeze(plan: Plan, backbone: Backbone) -> None:
+    """Freeze what `plan` freezes, and hold the statistics of BatchNorm if it says so."""
     freeze_stages(backbone.module, backbone.stages, len(plan.frozen_stages))
     if plan.batch_norm == "eval":
         hold_batch_norm(backbone.module)
-    precision = resolve_precision(config.precision, device, backbone.module)
-    return build_batches(
-        config, plan, backbone, table, label_map, device=device, precision=precision, reporter=reporter
-    )
 
 
 def build_learner(
@@ -51,6 +33,7 @@ def build_learner(
     batches: Batches,
     *,
     device: torch.device,
+    processes: Processes,
     reporter: Reporter,
 ) -> Learner:
     """Build what learns from `batches` as `plan` says."""
@@ -87,6 +70,7 @@ def build_learner(
         average=_average(config, backbone),
         keeps_start=config.averaging == "ends",
         parts=config.gradient_accumulation,
+        processes=processes,
         reporter=reporter,
     )
 

@@ -36,6 +36,19 @@ class History:
         return {name: values for name, values in asdict(self).items() if isinstance(values, list)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of a batch: the mean loss, the right predictions, and the images.
+
+    `weight` is by what the criterion divided the sum over the images when it took their mean.
+    """
+
+    loss: float = 0.0
+    right: int = 0
+    images: int = 0
+    weight: float = 0.0
+
+
 @dataclass(kw_only=True)
 class Totals:
     """Sums over the images of a phase so far."""
@@ -44,11 +57,11 @@ class Totals:
     right: int = 0
     images: int = 0
 
-    def add(self, loss: float, right: int, images: int) -> None:
-        """Count a batch with its mean loss and its right predictions."""
-        self.loss += loss * images
-        self.right += right
-        self.images += images
+    def add(self, batch: Outcome) -> None:
+        """Count a batch."""
+        self.loss += batch.loss * batch.images
+        self.right += batch.right
+        self.images += batch.images
 
     @property
     def mean_loss(self) -> float:

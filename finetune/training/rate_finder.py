@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from finetune.data.loaders import EpochSampler, readable
+from finetune.data.loaders import EpochSampler
 from finetune.errors import ConfigError, DivergedError
 from finetune.runs.reporting import Reporter
 from finetune.training.step import Learner, train_step, undone
@@ -49,7 +49,7 @@ def sweep_rates(learner: Learner, loaders: dict[str, DataLoader[Any]], *, report
             "nothing learns by gradient here, so that there is no rate to find", "train without --head knn"
         )
     planned = [float(group.get("initial_lr", group["lr"])) for group in learner.optimizer.param_groups]
-    batches = _endless(learner.accelerator.prepare(loaders["train"]), loaders["train"].batch_sampler)
+    batches = _endless(learner, loaders["train"])
     rates: list[float] = []
     losses: list[float] = []
     with undone(learner) as trying, reporter.progress("Rates", STEPS) as advance:
@@ -58,7 +58,7 @@ def sweep_rates(learner: Learner, loaders: dict[str, DataLoader[Any]], *, report
             for group, rate in zip(groups, planned, strict=True):
                 group["lr"] = rate * float(share)
             try:
-                loss, _, _ = train_step(trying, next(batches), step=number + 1)
+                loss = train_step(trying, next(batches), step=number + 1).loss
             except DivergedError:
                 break
             smooth = loss if not losses else SMOOTHING * losses[-1] + (1 - SMOOTHING) * loss
@@ -81,10 +81,10 @@ def steepest(rates: list[float], losses: list[float]) -> float | None:
     return float(f"{rates[edge + fastest]:.2g}") if slopes[fastest] < 0 else None
 
 
-def _endless(batches: Any, sampler: Any) -> Iterator[Any]:
+def _endless(learner: Learner, loader: DataLoader[Any]) -> Iterator[Any]:
     epoch = 0
     while True:
-        if isinstance(sampler, EpochSampler):
-            sampler.start(epoch)
-        yield from readable(batches)
+        if isinstance(loader.batch_sampler, EpochSampler):
+            loader.batch_sampler.start(epoch)
+        yield from learner.placed(loader)
         epoch += 1

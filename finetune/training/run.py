@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 
 from finetune.data.csv_files import write_csv
@@ -37,9 +37,9 @@ def run_job(job: Job, reporter: Reporter) -> dict[str, Scores]:
         StorageError: The disk has refused several saves.
     """
     started = time.monotonic()
-    with Interruption() as interruption, ExitStack() as stack:
+    with Interruption(job.processes) as interruption, ExitStack() as stack:
         tracking = None
-        if job.config.tracker != "none":
+        if job.config.tracker != "none" and job.processes.is_main:
             tracking = stack.enter_context(closing(Tracking(job.config.tracker, job.run, job.config)))
         while True:
             _run_phase(job, interruption, tracking, reporter)
@@ -60,7 +60,9 @@ def run_job(job: Job, reporter: Reporter) -> dict[str, Scores]:
 def _run_phase(job: Job, interruption: Interruption, tracking: Tracking | None, reporter: Reporter) -> None:
     _tell_what_learns(job, reporter)
     checkpointer = Checkpointer(job.run, job.learner, identity=job.identity(), reporter=reporter)
-    watchers: list[Watcher] = [EpochRecorder(job.run), interruption, ProgressBar(reporter)]
+    watchers: list[Watcher] = [interruption, ProgressBar(reporter)]
+    if job.processes.is_main:
+        watchers.insert(0, EpochRecorder(job.run))
     if job.config.patience:
         stopping = EarlyStopping(job.config.patience)
         watchers.append(stopping)
@@ -108,7 +110,8 @@ def _tell_the_end(job: Job, reporter: Reporter, *, seconds: float) -> None:
     if not math.isnan(history.ends_accuracy):
         verdict = "kept in its place" if history.ends_accuracy >= history.best_accuracy else "not kept"
         reporter.say(f"The mean of it and the start reaches {history.ends_accuracy:.1%} and is {verdict}.")
-        job.run.record("average_of_ends", {"valid_accuracy": history.ends_accuracy})
+        if job.processes.is_main:
+            job.run.record("average_of_ends", {"valid_accuracy": history.ends_accuracy})
 
 
 def _write_results(job: Job, reporter: Reporter) -> dict[str, Scores]:
@@ -122,10 +125,20 @@ def _write_results(job: Job, reporter: Reporter) -> dict[str, Scores]:
                     readable(job.batches.loaders[split]),
                     device=job.learner.accelerator.device,
                     advance=advance,
+                    processes=job.processes,
                 )
             found = predictions[split]
+            assert len(found.image_paths) == len(job.table.select(split)), split
             scores[split] = score(found.class_indices_N, found.probabilities_NK, job.label_map.class_names)
-            job.run.record("evaluation", {"split": split, **scores[split].to_json()})
+    if job.processes.is_main:
+        _write_model(job, scores)
+        write_csv(job.run.predictions, columns=PREDICTION_COLUMNS, rows=_rows(predictions, job.label_map.class_names))
+    return scores
+
+
+def _write_model(job: Job, scores: Mapping[str, Scores]) -> None:
+    for split, found in scores.items():
+        job.run.record("evaluation", {"split": split, **found.to_json()})
     metadata = ModelMetadata(
         architecture=job.backbone.name,
         head=job.backbone.head,
@@ -138,8 +151,6 @@ def _write_results(job: Job, reporter: Reporter) -> dict[str, Scores]:
         data_fingerprint=job.table.fingerprint(),
     )
     save_model_file(job.run.model, job.backbone.module.state_dict(), metadata)
-    write_csv(job.run.predictions, columns=PREDICTION_COLUMNS, rows=_rows(predictions, job.label_map.class_names))
-    return scores
 
 
 def _rows(predictions: dict[str, Predictions], class_names: Sequence[str]) -> Iterator[Sequence[str]]:

@@ -1,6 +1,7 @@
 """Where a new training starts from: the images studied, the scenario chosen, the plan made, the head in place."""
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.advice.choose import choose
-from finetune.advice.measure import count_images, measure
+from finetune.advice.measure import Evidence, count_images, measure
 from finetune.config.phases import parse_phases
 from finetune.config.schema import TrainConfig
 from finetune.data.table import ImageTable
@@ -19,6 +20,7 @@ from finetune.models.initialize import Backbone
 from finetune.models.neighbours import NeighbourHead, attach_neighbours, choose_neighbours
 from finetune.runs import strict_json
 from finetune.runs.folder import RunFolder, write_whole
+from finetune.runs.processes import Processes
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
 from finetune.training.boundary import weigh_boundary
@@ -45,6 +47,7 @@ def start_network(
     label_map: LabelMap,
     *,
     trunk_pass: TrunkPass | None,
+    processes: Processes,
     reporter: Reporter,
 ) -> tuple[Plan, ...]:
     """Study the images, choose the scenario, plan each phase and put the solved head in; write down all of it.
@@ -56,6 +59,7 @@ def start_network(
         table: The images, split.
         label_map: Gives each label its class index.
         trunk_pass: Gives the pooled features, if the network `is_studied`.
+        processes: Those that train together; they share the study and follow what the main one measures.
         reporter: Told what there is to beat, and the scenario.
     """
     requested = _requested(config)
@@ -72,12 +76,11 @@ def start_network(
             with_probe=config.head != "knn" and (has_body or config.loss == "cross-entropy"),
             class_weights_K=_class_weights(config, train_N, len(label_map)),
             seed=config.seed,
+            processes=processes,
             reporter=reporter,
         )
-        device = trunk_pass.engine.device
-        evidence = measure(study.train, study.probe, is_pretrained=backbone.is_pretrained, device=device)
+        evidence = processes.from_main(partial(_evidence, study, trunk_pass, backbone))
         baselines = study.baselines
-        run.record("features", trunk_pass.summary())
     advice = choose(evidence, requested=None if requested == "auto" else requested, has_body=has_body)
     frozen = frozen_count(advice.scenario, backbone.module, backbone.stages, images_per_class=evidence.images_per_class)
     plan = make_plan(
@@ -88,18 +91,30 @@ def start_network(
         has_batch_norm=any(isinstance(module, _BatchNorm) for module in backbone.module.modules()),
         images=len(train_N),
     )
-    plans = tuple(
-        weigh_boundary(config, phase_plan, backbone, table.select("train"), reporter=reporter)
-        for phase_plan in plan_phases(plan, parse_phases(config.phases), [stage.name for stage in backbone.stages])
+    phases = plan_phases(plan, parse_phases(config.phases), [stage.name for stage in backbone.stages])
+    plans = processes.from_main(
+        lambda: tuple(
+            weigh_boundary(config, phase_plan, backbone, table.select("train"), reporter=reporter)
+            for phase_plan in phases
+        )
     )
     if study and plan.head_start != "random":
         _start_head(backbone, study)
-    write_whole(run.advice, strict_json.dump({**advice.to_json(), "plans": [asdict(each) for each in plans]}, indent=1))
-    run.record("baseline", baselines.to_json())
-    if study and study.probe:
-        run.record("probe", {**study.probe.summary(), "head_start": plan.head_start})
+    if processes.is_main:
+        values = {**advice.to_json(), "plans": [asdict(each) for each in plans]}
+        write_whole(run.advice, strict_json.dump(values, indent=1))
+        if trunk_pass:
+            run.record("features", trunk_pass.summary())
+        run.record("baseline", baselines.to_json())
+        if study and study.probe:
+            run.record("probe", {**study.probe.summary(), "head_start": plan.head_start})
     _tell(reporter, baselines, advice.scenario, advice.reason)
     return plans
+
+
+def _evidence(study: Study, trunk_pass: TrunkPass, backbone: Backbone) -> Evidence:
+    device = trunk_pass.engine.device
+    return measure(study.train, study.probe, is_pretrained=backbone.is_pretrained, device=device)
 
 
 def _requested(config: TrainConfig) -> Scenario | Literal["auto"]:

@@ -1,6 +1,6 @@
 """One optimiser step: a batch computed in as many parts as the memory wants, checked, and only then applied."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DataLoaderConfiguration, convert_to_fp32
+from accelerate.utils import convert_to_fp32, send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -17,11 +17,14 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from finetune.data.dataset import Draft
+from finetune.data.loaders import readable
 from finetune.errors import DivergedError, first_ten
 from finetune.models.device import as_inputs, resolve_device
+from finetune.runs.processes import ALONE, Processes
 from finetune.runs.reporting import LoggingReporter, Reporter
 from finetune.training.mixing import Mix
 from finetune.training.objectives import main_output, total_loss
+from finetune.training.progress import Outcome
 from finetune.training.schedules import Schedule
 
 # Shapes: B batch, C channels, H height, W width, K classes.
@@ -33,12 +36,7 @@ def build_accelerator(device: torch.device, precision: str) -> Accelerator:
     """Return accelerate's handle on the device, the number format of the training steps and the processes."""
     if AcceleratorState._shared_state and PartialState().num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier training's choices bind for good otherwise
-    return Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision="no" if precision == "fp32" else precision,
-        # Only pinned memory may be copied from while Python goes on: any other could be freed by then.
-        dataloader_config=DataLoaderConfiguration(non_blocking=device.type == "cuda"),
-    )
+    return Accelerator(cpu=device.type == "cpu", mixed_precision="no" if precision == "fp32" else precision)
 
 
 @dataclass(kw_only=True)
@@ -49,7 +47,7 @@ class Learner:
     `finish` makes images of the drafts in a training batch, where batches hold drafts. `mix` blends images with each
     other, `average` follows the weights. With `keeps_start` the weights of the start are saved, and with
     `averages_ends` their mean with the best ones is tried in the end. A batch is computed in `parts`, whose gradients
-    are added up.
+    are added up. Of every batch each of several `processes` computes its share; all take the step of the whole.
     """
 
     model: nn.Module
@@ -65,6 +63,7 @@ class Learner:
     keeps_start: bool = False
     averages_ends: bool = False
     parts: int = 1
+    processes: Processes = ALONE
     reporter: Reporter = field(default_factory=LoggingReporter)
 
     def __post_init__(self) -> None:
@@ -73,6 +72,17 @@ class Learner:
     def learning_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the optimiser moves."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def placed(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Iterate over the batches of a loader as they lie on the device.
+
+        Raises:
+            ImageError: A file can no longer be read.
+        """
+        device = self.accelerator.device
+        for batch in readable(batches):
+            # Only pinned memory may be copied from while Python goes on: any other could be freed by then.
+            yield send_to_device(batch, device, non_blocking=device.type == "cuda")
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -104,8 +114,10 @@ def undone(learner: Learner) -> Iterator[Learner]:
     learner.network.load_state_dict(weights)
 
 
-def train_step(learner: Learner, batch: Sequence[Any], *, step: int = 1) -> tuple[float, int, int]:
-    """Take one optimiser step, the `step`-th; return the mean loss, the right predictions and the images of `batch`.
+def train_step(learner: Learner, batch: Sequence[Any] | None, *, step: int = 1) -> Outcome:
+    """Take one optimiser step, the `step`-th, and return what it saw.
+
+    `batch` is the share of this process; with None it has none and takes the step of the others.
 
     Where the memory does not suffice the batch is computed anew in twice as many parts, and all later ones too: the
     update is that of the whole batch, but for BatchNorm in train mode, which sees one part at a time.
@@ -114,20 +126,13 @@ def train_step(learner: Learner, batch: Sequence[Any], *, step: int = 1) -> tupl
         DivergedError: Loss or gradient is not finite; nothing was changed.
         RuntimeError: The memory does not suffice for a single image.
     """
-    inputs = as_inputs(learner.finish(batch[0]) if learner.finish else batch[0])
-    targets = class_indices_B = batch[1]
-    if learner.mix:
-        inputs, targets = learner.mix(inputs, class_indices_B, step=step)
-    while True:
-        restore = _snapshot(learner)
-        try:
-            loss, right = _add_gradients(learner, inputs, targets, batch, step)
-            break
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error) or learner.parts >= len(class_indices_B):
-                raise
-        restore()
-        _halve_parts(learner)  # here, where the failed attempt's tensors are gone
+    if batch is None:
+        learner.optimizer.zero_grad()
+        outcome = Outcome()
+    else:
+        outcome = _learn(learner, batch, step)
+    if learner.processes.count > 1:
+        outcome = _join_shares(learner, outcome)
     parameters = learner.learning_parameters()
     if learner.max_grad_norm:
         norm = learner.accelerator.clip_grad_norm_(parameters, learner.max_grad_norm)
@@ -139,16 +144,62 @@ def train_step(learner: Learner, batch: Sequence[Any], *, step: int = 1) -> tupl
     learner.schedule.step_ended()
     if learner.average:
         learner.average.update(learner.network, step=step)
-    return loss, right, len(class_indices_B)
+    return outcome
+
+
+def _learn(learner: Learner, batch: Sequence[Any], step: int) -> Outcome:
+    """Put the gradient of `batch` into the parameters, in as many parts as the memory wants."""
+    inputs = as_inputs(learner.finish(batch[0]) if learner.finish else batch[0])
+    targets = class_indices_B = batch[1]
+    if learner.mix:
+        inputs, targets = learner.mix(inputs, class_indices_B, step=step)
+    while True:
+        restore = _snapshot(learner)
+        try:
+            return _add_gradients(learner, inputs, targets, batch, step)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error) or learner.parts >= len(class_indices_B):
+                raise
+        restore()
+        _halve_parts(learner)  # here, where the failed attempt's tensors are gone
+
+
+def _join_shares(learner: Learner, own: Outcome) -> Outcome:
+    """Give every process the gradient of the whole batch, and the mean of what BatchNorm counted, in one exchange."""
+    parameters = learner.learning_parameters()
+    statistics = [
+        statistic
+        for module in learner.model.modules()
+        if isinstance(module, _BatchNorm) and module.training
+        for statistic in (module.running_mean, module.running_var)
+        if statistic is not None
+    ]
+    is_used = [each.grad is not None for each in parameters]
+    gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+    counts = torch.tensor(
+        [own.loss * own.weight, own.right, own.images, own.weight, *is_used], device=learner.accelerator.device
+    )
+    weighted = [tensor * own.weight for tensor in gradients] + [tensor * own.images for tensor in statistics]
+    joined = torch.cat([*(tensor.flatten() for tensor in weighted), counts])
+    learner.processes.sum(joined)
+    *sums, counts = joined.split([*(tensor.numel() for tensor in weighted), len(counts)])
+    loss, right, images, weight, *is_used = counts.tolist()
+    for tensor, total in zip(gradients, sums, strict=False):
+        tensor.copy_(total.view(tensor.shape) / weight)
+    for tensor, total in zip(statistics, sums[len(gradients) :], strict=True):
+        tensor.copy_(total.view(tensor.shape) / images)
+    for parameter, gradient, has_gradient in zip(parameters, gradients, is_used, strict=True):
+        parameter.grad = gradient if has_gradient else None
+    return Outcome(loss=loss / weight, right=round(right), images=round(images), weight=weight)
 
 
 def _add_gradients(
     learner: Learner, inputs: tuple[torch.Tensor, ...], targets: torch.Tensor, batch: Sequence[Any], step: int
-) -> tuple[float, int]:
-    """Return the mean loss and the right predictions of a batch; its gradient lies in the parameters then."""
+) -> Outcome:
+    """Return what was seen of a batch; its gradient lies in the parameters then."""
     learner.optimizer.zero_grad()
     parts = min(learner.parts, len(targets))
-    whole = _weight(learner.criterion, targets) if parts > 1 else 1.0
+    whole = _weight(learner.criterion, targets)
     mean, right = 0.0, 0
     for *part, targets_B in zip(*(tensor.tensor_split(parts) for tensor in (*inputs, targets)), strict=True):
         with _lone_image_guard(learner.model, len(targets_B)):
@@ -163,7 +214,7 @@ def _add_gradients(
         mean += loss.item()
         indices_B = targets_B if targets_B.ndim == 1 else targets_B.argmax(dim=1)
         right += int((main_output(outputs).argmax(dim=1) == indices_B).sum())
-    return mean, right
+    return Outcome(loss=mean, right=right, images=len(targets), weight=whole)
 
 
 def _weight(criterion: nn.Module, targets: torch.Tensor) -> float:
@@ -206,12 +257,12 @@ def _halve_parts(learner: Learner) -> None:
         learner.reporter.warn("BatchNorm sees one part at a time and so takes its statistics from fewer images.")
 
 
-def _require_finite(value: torch.Tensor, what: str, learner: Learner, batch: Sequence[Any]) -> None:
+def _require_finite(value: torch.Tensor, what: str, learner: Learner, batch: Sequence[Any] | None) -> None:
     if bool(torch.isfinite(value)):
         return
     learner.optimizer.zero_grad()
     rate = learner.optimizer.param_groups[0]["lr"]
-    images = f" on {first_ten(batch[2])}" if len(batch) > 2 else ""
+    images = f" on {first_ten(batch[2])}" if batch and len(batch) > 2 else ""
     raise DivergedError(
         f"the {what} became {value.item()} at learning rate {rate:g}{images}; that step was not taken",
         LOWER_RATES,

@@ -2,9 +2,13 @@
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
+from finetune.runs.processes import ALONE, Processes
 from finetune.training.progress import Progress
+
+ECHO_SECONDS = 2.0  # within which a signal that comes again is that of the launcher
 
 
 class EarlyStopping:
@@ -28,13 +32,16 @@ class EarlyStopping:
 class Interruption:
     """A watcher that turns SIGINT and SIGTERM into a stop at the next step boundary, where the state can be saved.
 
-    A second signal ends the process at once. Outside the main thread Python allows no handlers, and none are set.
+    A second signal ends the process at once. Outside the main thread Python allows no handlers, and none are set. What
+    one of several processes receives stops all of them; a launcher may send again what the terminal has sent already.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes = ALONE) -> None:
         self.received: signal.Signals | None = None
+        self.received_at = 0.0
+        self.processes = processes
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
@@ -52,12 +59,14 @@ class Interruption:
 
     def step_ended(self, progress: Progress) -> None:
         """Stop if a signal has come."""
-        if self.received is not None:
+        if number := self.processes.most(self.received or 0):
+            self.received = signal.Signals(number)
             progress.stop_reason, progress.is_interrupted = f"{self.received.name} received", True
 
     epoch_ended = step_ended
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received, self.received_at = signal.Signals(number), time.monotonic()
+        elif self.processes.count == 1 or time.monotonic() - self.received_at > ECHO_SECONDS:
             raise SystemExit(128 + number)
-        self.received = signal.Signals(number)

@@ -9,6 +9,7 @@ from finetune.data.table import ImageTable
 from finetune.features.extract import Features, TrunkPass
 from finetune.features.neighbours import neighbour_accuracy
 from finetune.features.probe import Probe, solve_probe
+from finetune.runs.processes import ALONE, Processes
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
 
@@ -47,6 +48,7 @@ def study_images(
     with_probe: bool = True,
     class_weights_K: np.ndarray[Any, Any] | None = None,
     seed: int,
+    processes: Processes = ALONE,
     reporter: Reporter,
 ) -> Study:
     """Take the features of the "train" and "valid" images, solve the probe on the first and score both.
@@ -58,21 +60,24 @@ def study_images(
         with_probe: Whether to solve the probe.
         class_weights_K: How much an image of each class counts in it; 1 by default.
         seed: Of the folds of its cross-validation.
+        processes: Those that share the features; the main one solves.
         reporter: Shows progress where features have to be computed.
     """
     device = trunk_pass.engine.device
     train, valid = (trunk_pass.features(table.select(split), label_map, reporter) for split in ("train", "valid"))
     probe = None
     if with_probe:
-        probe = solve_probe(
-            train, class_count=len(label_map), seed=seed, class_weights_K=class_weights_K, device=device
+        probe = processes.from_main(
+            lambda: solve_probe(
+                train, class_count=len(label_map), seed=seed, class_weights_K=class_weights_K, device=device
+            )
         )
     return Study(
         train=train,
         probe=probe,
         baselines=Baselines(
             majority=majority_accuracy(train.class_indices_N, valid.class_indices_N),
-            knn=neighbour_accuracy(train, valid, device=device),
+            knn=processes.from_main(lambda: neighbour_accuracy(train, valid, device=device)),
             probe=float((probe.predict(valid.features_ND) == valid.class_indices_N).mean()) if probe else None,
         ),
     )

@@ -67,9 +67,9 @@ def test_a_last_batch_of_one_image_does_no_harm(make_learner: Callable[..., Lear
     learner = make_learner()
     learner.model.train()
     statistics = learner.model.body[1].running_mean.clone()
-    loss, _, images = train_step(learner, [torch.randn(1, 3, 1, 1), torch.tensor([0])])
-    assert images == 1
-    assert math.isfinite(loss)
+    found = train_step(learner, [torch.randn(1, 3, 1, 1), torch.tensor([0])])
+    assert found.images == 1
+    assert math.isfinite(found.loss)
     assert torch.equal(learner.model.body[1].running_mean, statistics)
     assert learner.model.body[1].training
 
@@ -143,7 +143,7 @@ def test_flat_inputs_are_trained_too() -> None:
         schedule=Schedule.of(None, optimizer),
         accelerator=Accelerator(cpu=True),
     )
-    losses = [train_step(learner, batch)[0] for _ in range(5) for batch in batches]
+    losses = [train_step(learner, batch).loss for _ in range(5) for batch in batches]
     assert losses[-1] < losses[0]
 
 

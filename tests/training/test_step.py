@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,7 +38,8 @@ def test_a_batch_in_parts_takes_the_step_of_the_whole(
     for learner in (whole, split):
         learner.criterion = nn.CrossEntropyLoss(weight=weights, label_smoothing=0.1)
     found, expected = (train_step(learner, [IMAGES, CLASSES]) for learner in (split, whole))
-    assert found == (pytest.approx(expected[0], rel=1e-5), *expected[1:])
+    assert found == replace(expected, loss=found.loss, weight=found.weight)
+    assert (found.loss, found.weight) == pytest.approx((expected.loss, expected.weight), rel=1e-5)
     for name, gradient in gradients(whole).items():
         torch.testing.assert_close(gradients(split)[name], gradient, rtol=1e-4, atol=1e-6)
 
@@ -68,7 +70,8 @@ def test_out_of_memory_takes_the_same_step_in_more_parts(make_learner: Callable[
     short.model, short.reporter = Forgetful(short.model, 3), Heard()  # type: ignore[assignment]
     expected, found = (train_step(learner, [IMAGES, CLASSES]) for learner in (whole, short))
     assert short.parts == 4
-    assert found == (pytest.approx(expected[0], rel=1e-5), *expected[1:])
+    assert found == replace(expected, loss=found.loss, weight=found.weight)
+    assert (found.loss, found.weight) == pytest.approx((expected.loss, expected.weight), rel=1e-5)
     for name, tensor in whole.model.state_dict().items():
         torch.testing.assert_close(short.model.inner.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
     assert [text for text in short.reporter.said if "4 parts" in text]
@@ -82,7 +85,7 @@ def test_dropout_draws_the_same_after_an_attempt_that_failed(make_learner: Calla
     for learner in (split, short):
         learner.model.train()
         torch.manual_seed(5)
-        losses.append(train_step(learner, [IMAGES, CLASSES])[0])
+        losses.append(train_step(learner, [IMAGES, CLASSES]).loss)
     assert losses[0] == losses[1]
 
 
@@ -132,9 +135,9 @@ def test_a_mixed_batch_is_learned_from(make_learner: Callable[..., Learner]) -> 
     learner = make_learner()
     learner.mix = Mix(mixup=0.2, cutmix=1.0, class_count=3, seed=0)
     start = copy.deepcopy(learner.model.state_dict())
-    loss, right, images = train_step(learner, [IMAGES, CLASSES, ["x"] * 11], step=1)
-    assert loss > 0
-    assert (right <= images, images) == (True, 11)
+    found = train_step(learner, [IMAGES, CLASSES, ["x"] * 11], step=1)
+    assert found.loss > 0
+    assert (found.right <= found.images, found.images) == (True, 11)
     assert not torch.equal(start["fc.weight"], learner.model.state_dict()["fc.weight"])
 
 

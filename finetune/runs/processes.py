@@ -1,0 +1,206 @@
+"""The processes of one job: which of them this is, its share of the work, and what they tell each other.
+
+A launcher such as torchrun or `accelerate launch` starts them, on one machine or on several; by default there is one.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from finetune.errors import FinetuneError, RunError
+from finetune.runs.environment import available_cores
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # in the environment, how often torchrun has started the job again
+STEP_TIMEOUT = timedelta(minutes=5)  # for what all do at the same pace: a training step
+WORK_TIMEOUT = timedelta(days=1)  # where some wait for the long work of others; a process that ends is noticed at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """This process among those of its job; `rank` 0 is the main one, which alone writes and speaks.
+
+    The local numbers are those of this machine. What waits for the others is to be called by all, in the same order.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
+    group: Any = None
+    """Over which they talk, by way of the CPU."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Return every `count`-th of `items`: those that are this process's to do."""
+        return items[self.rank :: self.count]
+
+    def local_share(self, items: Sequence[T]) -> Sequence[T]:
+        """Return those of `items` that are this process's to do if every machine does all of them."""
+        return items[self.local_rank :: self.local_count]
+
+    def gather(self, value: T) -> list[T]:
+        """Return the `value` of every process, by rank, once all have come here."""
+        if self.count == 1:
+            return [value]
+        from torch import distributed
+
+        values: list[Any] = [None] * self.count
+        distributed.all_gather_object(values, value, group=self.group)
+        return values
+
+    def gather_shares(self, values: Sequence[T]) -> list[T]:
+        """Return what all processes made of the items of their `share`, in the order of the items."""
+        shares = self.gather(list(values))
+        if self.count == 1:
+            return shares[0]
+        whole: list[Any] = [None] * sum(map(len, shares))
+        for rank, share in enumerate(shares):
+            whole[rank :: self.count] = share
+        return whole
+
+    def any(self, claim: bool) -> bool:
+        """Tell whether `claim` is true in any process."""
+        return self.most(int(claim)) > 0
+
+    def most(self, number: int) -> int:
+        """Return the greatest `number` of all processes."""
+        if self.count == 1:
+            return number
+        import torch
+        from torch import distributed
+
+        greatest = torch.tensor(number)
+        distributed.all_reduce(greatest, op=distributed.ReduceOp.MAX, group=self.group)
+        return int(greatest)
+
+    def wait(self) -> None:
+        """Go on once all have come here."""
+        self.most(0)
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """Let the main process do `work` and return to all what it made.
+
+        Raises:
+            SystemExit: In the others, with the exit code, where it failed; the main process says why.
+        """
+        if self.count == 1:
+            return work()
+        from torch import distributed
+
+        answer: list[Any] = [0, None]  # exit code and what was made
+        if self.is_main:
+            try:
+                answer[1] = work()
+            except BaseException as error:
+                answer[0] = error.exit_code if isinstance(error, FinetuneError) else 1
+                with suppress(RuntimeError):  # the others may have ended already
+                    distributed.broadcast_object_list(answer, group=self.group)
+                raise
+        distributed.broadcast_object_list(answer, group=self.group)
+        if answer[0]:
+            raise SystemExit(answer[0])
+        made: T = answer[1]
+        return made
+
+    def same(self, tensors: "Iterable[torch.Tensor]") -> None:
+        """Fill `tensors` with what the main process has in them."""
+        if self.count > 1:
+            from torch import distributed
+
+            for tensor in tensors:
+                distributed.broadcast(tensor, src=0)
+
+    def sum(self, tensor: "torch.Tensor") -> None:
+        """Add up `tensor` over all processes, in place, where it lies."""
+        if self.count > 1:
+            from torch import distributed
+
+            distributed.all_reduce(tensor)
+
+
+ALONE = Processes()
+"""The one process of a job that no launcher has started."""
+
+
+def launched_rank() -> int:
+    """Return the rank that a launcher has given to this process, 0 without one; needs no torch."""
+    return int(os.environ.get("RANK", "0")) if launched_count() > 1 else 0
+
+
+def launched_count() -> int:
+    """Return how many processes a launcher has started for this job."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_restarted() -> bool:
+    """Tell whether torchrun has started the job again, after one of its processes had ended."""
+    return launched_count() > 1 and os.environ.get(RESTARTS, "0") != "0"
+
+
+def join_processes(device: str) -> Processes:
+    """Meet the other processes of this job, if a launcher has started any; each takes a GPU of its own.
+
+    Args:
+        device: What to compute on, as in `--device`: "auto", "cpu", "cuda" or "mps".
+    """
+    if launched_count() == 1:
+        return ALONE
+    import torch
+    from accelerate import PartialState
+    from torch import distributed
+
+    local_count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local_count == launched_count():  # one machine: nothing is to be seen from outside
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, "lo")
+    if os.environ.get("OMP_NUM_THREADS") == "1" and "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun sets it so, however many cores there are.
+        torch.set_num_threads(max(1, available_cores() // local_count))
+    store, rank, count = next(distributed.rendezvous("env://"))
+    # The store outlives a restart by the launcher, and with it the addresses of processes that have ended.
+    fresh = distributed.PrefixStore(f"attempt-{os.environ.get(RESTARTS, '0')}", store)
+    is_on_cpu = device == "cpu" or not torch.cuda.is_available()
+    state = PartialState(cpu=is_on_cpu, store=fresh, rank=rank, world_size=count, timeout=STEP_TIMEOUT)
+    return Processes(
+        rank=state.process_index,
+        count=state.num_processes,
+        local_rank=state.local_process_index,
+        local_count=local_count,
+        group=distributed.new_group(backend="gloo", timeout=WORK_TIMEOUT),
+    )
+
+
+@contextmanager
+def peer_faults() -> Iterator[None]:
+    """Say in plain words that another process of the job has ended: torch says so wherever this one waits for it.
+
+    Raises:
+        RunError: One did.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if launched_count() == 1 or not _is_of_peers(error):
+            raise
+        raise RunError(
+            "another process of this job has ended or does not answer",
+            "its own message says why; --resume goes on from the last save",
+        ) from error
+
+
+def _is_of_peers(error: RuntimeError) -> bool:
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL"))

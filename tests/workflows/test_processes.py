@@ -1,0 +1,309 @@
+"""Two processes of one job against one process: the same figures, and what becomes of the job when one of them ends."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from finetune.cli.main import main
+from finetune.runs.folder import RunFolder
+from tests.training.exact_resume import write_images
+
+PROJECT = Path(__file__).resolve().parents[2]
+OPTIONS = ["--model", "lenet5", "--image-size", "32", "--scenario", "large-different", "--head-start", "random"]
+LOOP = [*OPTIONS, "--epochs", "3", "--batch-size", "7", "--workers", "0"]
+SAVES_OFTEN = """
+import sys
+from finetune.training import checkpoint, step
+checkpoint.TRAINING_PER_SAVE = 0
+{more}
+from finetune.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def launcher(*words: str, restarts: int = 0) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    return [*command, "--max-restarts", str(restarts), *words]
+
+
+def launch(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    return subprocess.run(
+        launcher(*words, **options), env=environment, cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write_images(tmp_path / "data")
+    return tmp_path / "data"
+
+
+def numbers(run: Path) -> dict[str, float]:
+    """Every number of every event but for times, by where it stands."""
+    events = RunFolder(run).events()
+    return {
+        f"{place}/{event['event']}/{name}": value
+        for place, event in enumerate(events)
+        for name, value in event.items()
+        if isinstance(value, float) and name not in ("seconds", "computing_seconds")
+    }
+
+
+def plain_rows(text: str) -> list[tuple[str, ...]]:
+    """Rows of predictions in CSV, probabilities as far as any number of threads gives them."""
+    return [(row.pop("probability")[:7], *row.values()) for row in csv.DictReader(text.splitlines())]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_two_processes_train_evaluate_and_predict_as_one_does(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(["train", str(data), "--output", str(one), *LOOP]) == 0
+    found = launch("-m", "finetune", "train", str(data), "--output", str(two), *LOOP)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count(str(two)) == 1  # one of them speaks
+    expected = numbers(one)
+    assert numbers(two) == pytest.approx(expected, abs=1e-6)
+    assert any("train_loss" in name for name in expected)
+    for mine, theirs in zip(rows(one / "predictions.csv"), rows(two / "predictions.csv"), strict=True):
+        assert float(mine.pop("probability")) == pytest.approx(float(theirs.pop("probability")), abs=2e-6)
+        assert mine == theirs
+    assert json.loads((two / "environment.json").read_text())["processes"] == 2
+
+    capsys.readouterr()
+    words = ["evaluate", str(two), str(data), "--split", "all", "--batch-size", "5", "--format", "json"]
+    assert main(words) == 0
+    alone, together = json.loads(capsys.readouterr().out), json.loads(launch("-m", "finetune", *words).stdout)
+    assert together.pop("log_loss") == pytest.approx(alone.pop("log_loss"), abs=1e-6)
+    assert together == alone
+    bad = data.parent / "bad.png"
+    bad.write_bytes(b"")
+    words = ["predict", str(two), str(data / "train"), str(bad), "--format", "csv", "--batch-size", "4"]
+    assert main(words) == 3
+    assert plain_rows(launch("-m", "finetune", *words).stdout) == plain_rows(capsys.readouterr().out)
+
+
+def test_two_processes_run_the_frozen_layers_once_for_both(flowers: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "FINETUNE_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(PROJECT)}
+    phases = ["--phases", "head:1,top1:1", "--boundary-cache", "always", "--views", "1", "--batch-size", "16"]
+    runs = []
+    for name, start in (("one", [sys.executable]), ("two", launcher())):
+        environment["FINETUNE_CACHE"] = str(tmp_path / f"cache-{name}")
+        runs.append(tmp_path / name)
+        words = ["-m", "finetune", "train", str(flowers), "--output", str(runs[-1]), *phases]
+        found = subprocess.run([*start, *words], env=environment, capture_output=True, text=True, check=False)
+        assert found.returncode == 0, found.stderr
+    one, two = (numbers(run) for run in runs)
+    assert two == pytest.approx(one, abs=2e-3)  # a pass over fewer images may choose another engine
+    computed = [event["computed"] for event in RunFolder(runs[1]).events() if event["event"] == "features"]
+    images = len(rows(runs[1] / "split.csv"))
+    assert computed == [math.ceil(images / 2)]
+
+
+HARNESS = """
+import sys
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset, Dataset
+from finetune.data.loaders import evaluation_loader, then_none, training_loader
+from finetune.evaluation.infer import predict_batches
+from finetune.runs.processes import ALONE, join_processes
+from finetune.training.loop import evaluate_loss, run_epochs
+from finetune.training.progress import Progress
+from finetune.training.schedules import Schedule
+from finetune.training.step import Learner
+
+
+class Images(Dataset):
+    def __init__(self, count):
+        generator = torch.Generator().manual_seed(count)
+        self.images = torch.randn(count, 3, 4, 4, generator=generator)
+        self.class_indices = [index % 3 for index in range(count)]
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key):
+        index = key[1] if isinstance(key, tuple) else key
+        return self.images[index], self.class_indices[index], f"{index}.png"
+
+
+def learner_of(processes, weights):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    model[2].eval().train = lambda mode=True: model[2]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    return Learner(
+        model=model, criterion=nn.CrossEntropyLoss(weight=weights), optimizer=optimizer,
+        schedule=Schedule.of(None, optimizer), max_grad_norm=1.0, parts=2, processes=processes,
+    )
+
+
+def trained(processes, count, batch_size, weights):
+    data, learner, progress = Images(count), learner_of(processes, weights), Progress()
+    loaders = {
+        "train": training_loader(data, batch_size=batch_size, seed=3, processes=processes),
+        "valid": evaluation_loader(data, batch_size=batch_size, processes=processes),
+    }
+    run_epochs(learner, loaders, 2, progress=progress)
+    predictions = predict_batches(
+        learner.network, loaders["valid"], device=torch.device("cpu"), processes=processes
+    )
+    assert list(predictions.image_paths) == [f"{index}.png" for index in range(count)], predictions.image_paths
+    assert predictions.probabilities_NK.shape == (count, 3)
+    return progress.history, predictions, evaluate_loss(learner, loaders["valid"])
+
+
+processes = join_processes("cpu")
+assert processes.count == 2
+assert processes.gather(processes.rank) == [0, 1]
+assert processes.gather_shares(processes.share("abcde")) == list("abcde")
+assert processes.any(processes.rank == 1) and not processes.any(False)
+assert processes.from_main(lambda: processes.rank) == 0
+for count in range(1, 18):
+    for batch_size in range(1, 7):
+        weights = torch.tensor([1.0, 2.0, 0.5]) if batch_size % 2 else None
+        (mine, together, totals), (alone, single, whole) = (
+            trained(each, count, batch_size, weights) for each in (processes, ALONE)
+        )
+        assert totals.images == whole.images == count
+        for name, values in alone.series().items():
+            if name != "seconds":
+                torch.testing.assert_close(torch.tensor(mine.series()[name]), torch.tensor(values), rtol=0, atol=1e-6)
+        assert abs(mine.start_loss - alone.start_loss) < 1e-6 and mine.best_epoch == alone.best_epoch
+        assert abs(together.probabilities_NK - single.probabilities_NK).max() < 1e-6
+        assert (together.class_indices_N == single.class_indices_N).all()
+norm = nn.BatchNorm1d(2)
+if processes.is_main:
+    print("all the same", flush=True)
+try:
+    processes.from_main(lambda: 1 / 0)
+except ZeroDivisionError:
+    assert processes.is_main
+except SystemExit as error:
+    assert error.code == 1 and not processes.is_main
+else:
+    raise AssertionError("nothing was raised")
+processes.wait()
+"""
+
+
+def test_metrics_and_counts_are_those_of_one_process_whatever_the_sizes(tmp_path: Path) -> None:
+    script = tmp_path / "harness.py"
+    script.write_text(HARNESS)
+    found = launch(str(script))
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == "all the same\n"
+
+
+def saving_often(tmp_path: Path, more: str = "") -> str:
+    script = tmp_path / "train.py"
+    script.write_text(SAVES_OFTEN.format(more=more))
+    return str(script)
+
+
+def when_epochs(run: Path, count: int) -> None:
+    """Wait until `count` epochs are recorded."""
+    for _ in range(1200):
+        if sum(event["event"] == "epoch" for event in RunFolder(run).events()) >= count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{run} did not come to epoch {count}")
+
+
+LONG = [*OPTIONS, "--epochs", "40", "--batch-size", "7", "--workers", "0", "--averaging", "ema"]
+
+
+@pytest.fixture
+def undisturbed(data: Path, tmp_path: Path) -> bytes:
+    """The model that two processes make whom nobody disturbs."""
+    found = launch(saving_often(tmp_path), "train", str(data), "--output", str(tmp_path / "calm"), *LONG)
+    assert found.returncode == 0, found.stderr
+    return (tmp_path / "calm" / "model.safetensors").read_bytes()
+
+
+def kill_a_worker(job: subprocess.Popen[str]) -> None:
+    min(psutil.Process(job.pid).children(), key=lambda process: -process.pid).kill()
+
+
+def terminate(job: subprocess.Popen[str]) -> None:
+    job.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_the_launcher_restarts_a_killed_job_and_it_ends_at_the_same_weights(
+    data: Path, tmp_path: Path, undisturbed: bytes
+) -> None:
+    run, ended = tmp_path / "run", _disturbed(data, tmp_path, kill_a_worker, restarts=3)
+    assert ended.returncode == 0
+    assert (run / "model.safetensors").read_bytes() == undisturbed
+    epochs = [event["epoch"] for event in RunFolder(run).events() if event["event"] == "epoch"]
+    assert epochs == list(range(1, 41))
+
+
+@pytest.mark.slow
+def test_a_terminated_job_saves_its_state_and_goes_on_from_it(data: Path, tmp_path: Path, undisturbed: bytes) -> None:
+    run, ended = tmp_path / "run", _disturbed(data, tmp_path, terminate)
+    assert ended.returncode != 0
+    assert not (run / "model.safetensors").exists()
+    found = launch(saving_often(tmp_path), "train", "--output", str(run), "--resume")
+    assert found.returncode == 0, found.stderr
+    assert (run / "model.safetensors").read_bytes() == undisturbed
+
+
+def _disturbed(
+    data: Path, tmp_path: Path, disturb: Callable[[subprocess.Popen[str]], None], *, restarts: int = 0
+) -> subprocess.Popen[str]:
+    """Train in tmp_path/run, do something to the job in the middle, and wait for its end, a minute at most."""
+    words = [saving_often(tmp_path), "train", str(data), "--output", str(tmp_path / "run"), *LONG]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    with subprocess.Popen(launcher(*words, restarts=restarts), env=environment, text=True, stderr=-3) as job:
+        try:
+            when_epochs(tmp_path / "run", 4)
+            disturb(job)
+            job.wait(60)
+        finally:
+            job.kill()
+    return job
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_fails_ends_the_job_and_says_why(data: Path, tmp_path: Path, rank: int) -> None:
+    more = f"""
+import os
+from finetune.errors import DataError
+take = step.train_step
+def failing(learner, batch, *, step):
+    if step == 9 and os.environ["RANK"] == "{rank}":
+        raise DataError("this image has vanished", "put it back")
+    return take(learner, batch, step=step)
+from finetune.training import loop
+loop.train_step = failing
+"""
+    started = time.monotonic()
+    run = tmp_path / "run"
+    found = launch(saving_often(tmp_path, more), "train", str(data), "--output", str(run), *LONG)
+    assert time.monotonic() - started < 60
+    assert found.returncode != 0
+    assert "error: this image has vanished" in found.stderr
+    assert "another process of this job has ended" in found.stderr
+    assert found.stderr.count("Traceback") <= 1  # the launcher's own
+    assert any(RunFolder(run).checkpoints.glob("step-*"))

@@ -1,17 +1,19 @@
 """The doctor: everything that is odd about a data set, told before a model learns it."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+import numpy as np
+
 from finetune.data.labels import match_label_names
 from finetune.data.listing import Listing
 from finetune.data.scan import Scan, require_few_bad
 from finetune.data.split import split_table
-from finetune.data.table import SPLITS, ImageRow, ImageTable, Split
+from finetune.data.table import SPLITS, ImageRow, ImageTable, Rows, Split
 from finetune.errors import DataError, first_ten
 
 Severity = Literal["error", "warning", "note"]
@@ -85,21 +87,23 @@ def examine(
         label_source: where they come from, for messages.
         allow_bad_images: whether more unreadable images than the rule allows are no error.
     """
-    learned = ImageTable(scan.table.root, tuple(row for row in scan.table.rows if row.split in ("train", None)))
+    rows = scan.table.rows
+    learned = ImageTable(scan.table.root, rows.take(np.isin(rows.split_codes, [-1, SPLITS.index("train")])))
     findings = [
         *_file_findings(scan, allow_bad_images),
         *_class_findings(scan, learned),
         *_split_findings(scan.table),
-        *_copy_findings(scan.table.rows),
+        *_copy_findings(rows),
         *_label_findings(scan.table.class_names, label_names, label_source),
     ]
     order: tuple[Severity, ...] = ("error", "warning", "note")
     counts = sorted(Counter(learned.labels).values()) or [0]
-    per_split: Counter[str] = Counter(row.split or "unsplit" for row in scan.table.rows)
+    names = (*SPLITS, "unsplit")  # as the last of which -1 counts
+    per_split = Counter(names[code] for code in rows.split_codes.tolist())
     return Diagnosis(
         image_count=len(scan.table),
         class_count=len(scan.table.class_names),
-        images_per_split={name: per_split[name] for name in (*SPLITS, "unsplit") if per_split[name]},
+        images_per_split={name: per_split[name] for name in names if per_split[name]},
         images_per_class=(counts[0], median(counts), counts[-1]),
         findings=tuple(sorted(findings, key=lambda finding: order.index(finding.severity))),
     )
@@ -153,7 +157,7 @@ def _class_findings(scan: Scan, learned: ImageTable) -> Iterator[Finding]:
         if empty:
             yield _finding(severity, "empty_class", "class folders without an image", empty)
     readable = set(scan.table.class_names)
-    if lost := sorted({row.label for row in scan.listing.rows} - readable):
+    if lost := sorted(set(scan.listing.class_names) - readable):
         yield _finding("error", "unreadable_class", "classes of which no image can be read", lost)
     if len(counts) < 2:
         yield Finding("error", "too_few_classes", _too_few_classes(counts))
@@ -189,12 +193,10 @@ def _split_findings(table: ImageTable) -> Iterator[Finding]:
         yield _finding("warning", "class_not_in_valid", "classes in train that are not in valid", unseen)
 
 
-def _copy_findings(rows: Iterable[ImageRow]) -> Iterator[Finding]:
-    rows = list(rows)
-    by_bytes = _copies(rows, lambda row: row.sha256 or None)
-    by_picture = [
-        copies for copies in _copies(rows, lambda row: row.perceptual_hash) if len({row.sha256 for row in copies}) > 1
-    ]
+def _copy_findings(rows: Rows) -> Iterator[Finding]:
+    pictures = rows.own_pictures()
+    by_bytes = _copies(rows, pictures.sha256)
+    by_picture = [copies for copies in _copies(rows, pictures.perceptual) if len({row.sha256 for row in copies}) > 1]
     for code, what, copies in (
         ("leak", "the same file in more than one split: scores on it are too good", _across_splits(by_bytes)),
         ("near_leak", "almost the same picture in more than one split", _across_splits(by_picture)),
@@ -209,13 +211,13 @@ def _copy_findings(rows: Iterable[ImageRow]) -> Iterator[Finding]:
             yield _finding("warning", code, what, examples)
 
 
-def _copies(rows: Iterable[ImageRow], key: Callable[[ImageRow], object]) -> list[list[ImageRow]]:
-    """Return the rows that share a key other than None, in sets of two and more."""
+def _copies(rows: Rows, hashes: np.ndarray[Any, Any]) -> list[list[ImageRow]]:
+    """Return the rows that share a hash (32 bytes, not all zero), in sets of two and more, in their order."""
+    _, inverse, counts = np.unique(hashes.view("V32").ravel(), return_inverse=True, return_counts=True)
     together = defaultdict(list)
-    for row in rows:
-        if (value := key(row)) is not None:
-            together[value].append(row)
-    return [same for same in together.values() if len(same) > 1]
+    for index in np.flatnonzero((counts[inverse] > 1) & hashes.any(axis=1)).tolist():
+        together[inverse[index]].append(rows[index])
+    return list(together.values())
 
 
 def _across_splits(copies: Iterable[list[ImageRow]]) -> list[list[ImageRow]]:

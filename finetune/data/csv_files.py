@@ -1,7 +1,7 @@
 """CSV as this room reads and writes it: any file name and any label comes back as it went out."""
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from finetune.errors import DataError, StorageError, first_ten
@@ -10,8 +10,8 @@ from finetune.errors import DataError, StorageError, first_ten
 _FOREIGN_BYTES = "surrogateescape"
 
 
-def read_csv(path: Path, *, required: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
-    """Read a CSV file with a header into (line number, values by column) for each row; a value left out is empty.
+def read_csv(path: Path, *, required: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield (line number, values by column) for each row of a CSV file with a header; a value left out is empty.
 
     Args:
         path: a comma-separated file in UTF-8, with or without a byte order mark.
@@ -25,17 +25,21 @@ def read_csv(path: Path, *, required: Sequence[str]) -> list[tuple[int, dict[str
             reader = csv.DictReader(file, restval="", strict=True)
             columns = [name.strip() for name in reader.fieldnames or ()]
             reader.fieldnames = columns
-            rows = [(reader.line_num, row) for row in reader]
+            if missing := [name for name in required if name not in columns]:
+                raise DataError(
+                    f"{path} lacks the column {' and '.join(missing)}; its columns are: {first_ten(columns) or 'none'}",
+                    hint="the first line names the columns, separated by commas",
+                )
+            too_long = []
+            for row in reader:
+                if None in row:
+                    too_long.append(f"row {reader.line_num}")
+                else:
+                    yield reader.line_num, row
     except (OSError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as CSV: {error}") from error
-    if missing := [name for name in required if name not in columns]:
-        raise DataError(
-            f"{path} lacks the column {' and '.join(missing)}; its columns are: {first_ten(columns) or 'none'}",
-            hint="the first line names the columns, separated by commas",
-        )
-    if too_long := [f"row {number}" for number, row in rows if None in row]:
+    if too_long:
         raise DataError(f"{path} has more values than columns: {first_ten(too_long)}", hint='quote values: "a, b.jpg"')
-    return rows
 
 
 def write_csv(path: Path, *, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

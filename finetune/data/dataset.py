@@ -1,7 +1,7 @@
 """An image table as a torch data set whose samples depend on nothing but (seed, epoch, index)."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ DraftBatch = tuple[list[Draft], torch.Tensor, Sequence[str]]
 class LabelledDataset(Protocol):
     """What the loaders take: samples, or whole batches, whose classes are known beforehand."""
 
-    class_indices: list[int]
+    class_indices: np.ndarray[Any, Any]
 
     def __len__(self) -> int:
         """Count the images."""
@@ -87,7 +87,7 @@ class ImageDataset(Dataset[Sample]):
         self.pictures = pictures
         self.is_drafting = is_drafting
         self._epoch = 0
-        self.class_indices = [label_map.index(row.label) for row in table.rows]
+        self.class_indices = table.class_indices(label_map)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -102,7 +102,7 @@ class ImageDataset(Dataset[Sample]):
             return error
         draft = Draft(image_CHW, sample_seed(self.seed, epoch, index))
         image = draft if self.is_drafting else self._transformed(draft)
-        return image, self.class_indices[index], row.image_path
+        return image, int(self.class_indices[index]), row.image_path
 
     def finish(self, drafts: Sequence[Draft]) -> torch.Tensor:
         """Return the images (B, C, H, W) float32 of `drafts`, transformed where their pictures are.

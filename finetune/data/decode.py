@@ -185,10 +185,11 @@ def read_image_file(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LI
         raise ImageError("missing", detail, name) from error
 
 
-def looks_like_image(path: Path) -> bool:
+def looks_like_image(path: Path | str) -> bool:
     """Tell whether a file may be an image of an allowed format: by its extension, or else by its first bytes."""
-    if path.suffix.lower() in IMAGE_EXTENSIONS:
+    if os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS:  # noqa: PTH122 (there may be a million)
         return True
+    path = Path(path)
     try:
         if not path.is_file():
             return False

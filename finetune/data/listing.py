@@ -2,13 +2,15 @@
 
 import os
 import stat
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from finetune.data.csv_files import read_csv
 from finetune.data.decode import looks_like_image
-from finetune.data.table import ImageRow, Split
+from finetune.data.table import ImageRow, ImageTable, Rows, Split, sort_by_path
 from finetune.errors import DataError, first_ten, nearest
 
 LAYOUTS_HINT = (
@@ -35,7 +37,7 @@ class Listing:
     """
 
     root: Path
-    rows: tuple[ImageRow, ...]
+    rows: Rows
     empty_classes: tuple[tuple[Split | None, str], ...] = ()
     ignored_files: tuple[Path, ...] = ()
     problems: tuple[str, ...] = ()
@@ -43,7 +45,7 @@ class Listing:
     @property
     def class_names(self) -> tuple[str, ...]:
         """The distinct labels sorted as text."""
-        return tuple(sorted({row.label for row in self.rows}))
+        return ImageTable(self.root, self.rows).class_names
 
 
 def list_images(data: Path) -> Listing:
@@ -80,20 +82,20 @@ def _list_folder(root: Path) -> Listing:
     # A class may be called "train"; a split is told by the class folders inside it.
     if any(walk.children(folder)[0] for folder in splits):
         _check_one_folder_a_split(root, splits)
-        rows = [row for folder, split in splits.items() for row in walk.split_rows(folder, split)]
+        rows = Rows(row for folder, split in splits.items() for row in walk.split_rows(folder, split))
         if beside := [folder.name for folder in folders if folder not in splits]:
             walk.problems.append(f"not entered, because they lie beside the splits: {first_ten(beside)}")
     elif len(splits) > 1 or 0 < len(splits) == len(folders):
         raise DataError(f"{root} has no class folders in {first_ten(f.name for f in splits)}", hint=LAYOUTS_HINT)
     else:
-        rows = [row for folder in folders for row in walk.class_rows(folder, split=None)]
+        rows = Rows(row for folder in folders for row in walk.class_rows(folder, split=None))
     if not rows:
         images = [file.name for file in loose if looks_like_image(file)]
         found = f"images but no class folders: {first_ten(images)}" if images else "no images"
         raise DataError("; ".join([f"{root} holds {found}", *walk.problems[:1]]), hint=LAYOUTS_HINT)
     return Listing(
         root=root,
-        rows=tuple(sorted(rows, key=lambda row: row.image_path)),
+        rows=sort_by_path(rows),
         empty_classes=tuple(walk.empty_classes),
         ignored_files=tuple(sorted(walk.ignored_files + loose)),
         problems=tuple(dict.fromkeys(walk.problems)),
@@ -117,19 +119,23 @@ class _Walk:
 
     def children(self, folder: Path) -> tuple[list[Path], list[Path]]:
         """Return the visible sub-folders and the visible other entries of `folder`, each sorted."""
-        try:
-            entries = sorted(folder.iterdir())
-        except OSError as error:
-            self.problems.append(f"{folder} cannot be read: {error.strerror}")
-            return [], []
         folders: list[Path] = []
         others: list[Path] = []
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name.lower() in _CLUTTER:
-                continue
-            # Path.is_dir raises where a permission is lacking; os.path.isdir says no, and the scan then names the file.
-            (folders if os.path.isdir(entry) else others).append(entry)  # noqa: PTH112
+        for name, is_folder in self._entries(folder):
+            (folders if is_folder else others).append(folder / name)
         return folders, others
+
+    def _entries(self, folder: Path) -> list[tuple[str, bool]]:
+        """Return the names of the visible entries of `folder` and whether each is a folder, in the order of paths."""
+        try:
+            with os.scandir(folder) as scan:
+                entries = [(entry.name, _is_folder(entry)) for entry in scan]
+        except OSError as error:
+            self.problems.append(f"{folder} cannot be read: {error.strerror}")
+            return []
+        visible = [entry for entry in entries if not entry[0].startswith(".") and entry[0].lower() not in _CLUTTER]
+        # As text, "a/1" comes after "a-b/1" and before "ab/1": the stroke after the name of a folder counts.
+        return sorted(visible, key=lambda entry: f"{entry[0]}/" if entry[1] else entry[0])
 
     def split_rows(self, folder: Path, split: Split) -> Iterator[ImageRow]:
         """Yield the images of every class in the folder of one split."""
@@ -142,45 +148,60 @@ class _Walk:
         """Yield the images at any depth below the folder of one class."""
         # A link back to the root or the split would bring the images of every other class under this label.
         entered = {os.path.realpath(self.root), os.path.realpath(folder.parent)}
-        files, pending = [], [folder]
-        while pending:
-            current = pending.pop()
-            real = os.path.realpath(current)
-            if real in entered:
-                self.problems.append(f"{current} links to a folder that is read already")
-                continue
-            entered.add(real)
-            folders, more = self.children(current)
-            files += more
-            pending += reversed(folders)
         is_empty = True
-        for file in files:
-            if looks_like_image(file):
-                is_empty = False
-                yield ImageRow(image_path=file.relative_to(self.root).as_posix(), label=folder.name, split=split)
-            else:
-                self.ignored_files.append(file)
+        for image_path in self._images(folder, folder.relative_to(self.root).as_posix(), entered):
+            is_empty = False
+            yield ImageRow(image_path=image_path, label=folder.name, split=split)
         if is_empty:
             self.empty_classes.append((split, folder.name))
 
+    def _images(self, folder: Path, prefix: str, entered: set[str]) -> Iterator[str]:
+        """Yield the paths of the images in `folder` and below, in their order, each beginning with `prefix`."""
+        real = os.path.realpath(folder)
+        if real in entered:
+            self.problems.append(f"{folder} links to a folder that is read already")
+            return
+        entered.add(real)
+        for name, is_folder in self._entries(folder):
+            if is_folder:
+                yield from self._images(folder / name, f"{prefix}/{name}", entered)
+            elif looks_like_image(f"{folder}/{name}"):
+                yield f"{prefix}/{name}"
+            else:
+                self.ignored_files.append(folder / name)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # where a permission is lacking, or a link leads nowhere: the scan names the file
+        return False
+
 
 def _list_csv(path: Path) -> Listing:
-    rows: dict[str, ImageRow] = {}
-    first_seen: dict[str, int] = {}
-    faults: list[str] = []
-    for number, values in read_csv(path, required=("image_path", "label")):
-        row, row_faults = _csv_row(values, path.parent)
-        if (seen := first_seen.setdefault(row.image_path, number)) != number:
-            row_faults.append(f"{row.image_path!r} stands in row {seen} already")
-        faults += [f"row {number}: {fault}" for fault in row_faults]
-        rows[row.image_path] = row
+    numbers = array("q")
+    faults: list[tuple[int, str]] = []
+
+    def read() -> Iterator[ImageRow]:
+        for number, values in read_csv(path, required=("image_path", "label")):
+            row, row_faults = _csv_row(values, path.parent)
+            numbers.append(number)
+            faults.extend((number, fault) for fault in row_faults)
+            yield row
+
+    rows = sort_by_path(Rows(read()))
+    for (place, before), (again, image_path) in pairwise(zip(rows.places_M.tolist(), rows.image_paths(), strict=True)):
+        if before == image_path:
+            first, second = sorted((numbers[place], numbers[again]))
+            faults.append((second, f"{image_path!r} stands in row {first} already"))
     if faults:
+        listed = [f"row {number}: {fault}" for number, fault in sorted(faults)]
         raise DataError(
-            f"{path} has {len(faults)} faults: {first_ten(faults)}", hint="mend these rows; nothing was read"
+            f"{path} has {len(listed)} faults: {first_ten(listed)}", hint="mend these rows; nothing was read"
         )
     if not rows:
         raise DataError(f"{path} has no rows", hint=LAYOUTS_HINT)
-    return Listing(root=path.parent, rows=tuple(rows[image_path] for image_path in sorted(rows)))
+    return Listing(root=path.parent, rows=rows)
 
 
 def _csv_row(values: dict[str, str], root: Path) -> tuple[ImageRow, list[str]]:

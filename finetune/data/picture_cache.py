@@ -114,13 +114,9 @@ def worth_caching(table: ImageTable, spec: InputSpec, epochs: int) -> bool:
     Raises:
         ConfigError: The limit of the cache is no number.
     """
-    if epochs < 2 or not table.rows or is_inside(cache_folder(), table.root):
+    if epochs < 2 or not len(table) or is_inside(cache_folder(), table.root):
         return False
-    pixels = sum(row.width_px * row.height_px for row in table.rows)
-    kept_bytes = sum(_fitted_bytes(row, spec) for row in table.rows)
-    return pixels >= MIN_PIXELS * len(table) and kept_bytes <= cache_limit_bytes() // 2
-
-
-def _fitted_bytes(row: ImageRow, spec: InputSpec) -> int:
-    scale = min(1.0, spec.resize_px / max(1, min(row.width_px, row.height_px)))
-    return round(row.width_px * scale) * round(row.height_px * scale) * spec.channels
+    size_px = table.rows.own_pictures().size_px.astype(np.int64)
+    scale_N = np.minimum(1.0, spec.resize_px / np.maximum(1, size_px.min(axis=1)))
+    kept_bytes = int((size_px * scale_N[:, None]).round().prod(axis=1).sum()) * spec.channels
+    return int(size_px.prod(axis=1).sum()) >= MIN_PIXELS * len(table) and kept_bytes <= cache_limit_bytes() // 2

@@ -32,8 +32,8 @@ class HeldPixels:
 def can_hold(table: ImageTable, spec: InputSpec, augmentation: Augmentation) -> bool:
     """Tell whether `table` holds tiny images only, and they fit, for a network that sees them as tiny too."""
     held_bytes = len(table) * spec.channels * spec.image_size_px**2
-    is_tiny = all(max(row.width_px, row.height_px, spec.image_size_px) <= MAX_SIDE_PX for row in table.rows)
-    return augmentation in BATCH_CHANGES and is_tiny and held_bytes <= MAX_BYTES
+    largest_px = int(table.rows.own_pictures().size_px.max(initial=spec.image_size_px))
+    return augmentation in BATCH_CHANGES and largest_px <= MAX_SIDE_PX and held_bytes <= MAX_BYTES
 
 
 def hold_pixels(table: ImageTable, spec: InputSpec) -> HeldPixels:
@@ -50,7 +50,9 @@ def hold_pixels(table: ImageTable, spec: InputSpec) -> HeldPixels:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         images = list(pool.map(prepare, table.rows))
-    return HeldPixels(images_NCHW=torch.stack(images), place_of={row.image_path: n for n, row in enumerate(table.rows)})
+    return HeldPixels(
+        images_NCHW=torch.stack(images), place_of={path: place for place, path in enumerate(table.rows.image_paths())}
+    )
 
 
 class HeldDataset(Dataset[Batch]):
@@ -79,10 +81,10 @@ class HeldDataset(Dataset[Batch]):
         self.transform = batch_transform(spec, augmentation)
         self.seed = seed
         self.draws = change.draws if (change := BATCH_CHANGES[augmentation]) else 0
-        self.image_paths = [row.image_path for row in table.rows]
-        self.class_indices = [label_map.index(row.label) for row in table.rows]
+        self.image_paths = list(table.rows.image_paths())
+        self.class_indices = table.class_indices(label_map)
         self._places_N = torch.tensor([pixels.place_of[path] for path in self.image_paths])
-        self._class_indices_N = torch.tensor(self.class_indices)
+        self._class_indices_N = torch.from_numpy(self.class_indices)
 
     def __len__(self) -> int:
         return len(self.image_paths)

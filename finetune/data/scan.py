@@ -1,22 +1,22 @@
 """One look at every image before anything is learned from it: what cannot be decoded is known by name and reason."""
 
-import contextlib
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from finetune.data.csv_files import write_csv
 from finetune.data.decode import Pixels, decode_image, image_size, perceptual_hash, read_image_file
 from finetune.data.listing import Listing
-from finetune.data.table import ImageTable, Split
+from finetune.data.looks import FAULTS, Look, Looks, Stamp, in_turn, looks_file, read_looks, write_looks
+from finetune.data.table import SPLITS, ImageRow, ImageTable, Split
 from finetune.errors import DataError, ImageError, ImageFault, first_ten
-from finetune.runs.cache_folder import is_inside
 from finetune.runs.processes import ALONE, Processes
 
 MAX_BAD_FRACTION = 0.01
@@ -25,7 +25,6 @@ MAX_BAD_FRACTION = 0.01
 SHORT_SIDE_PX = 256
 """To which a large photograph may be reduced while it is decoded, where nobody asks for more of it."""
 
-_CACHE_FORMAT = 2  # raise it when decoding or hashing changes
 _FILES_AT_ONCE = 64  # queued for the threads; an interrupt waits for no more than those being decoded
 
 
@@ -64,24 +63,6 @@ class Scan:
     listing: Listing
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Look:
-    """What one file turned out to be, with the size and time it had then; `reason` is None for a good image.
-
-    A picture that may be reduced to another short side is another one to the perceptual hash.
-    """
-
-    size_bytes: int = 0
-    mtime_ns: int = 0
-    short_side_px: int = 0
-    sha256: str = ""
-    perceptual_hash: int | None = None
-    width_px: int = 0
-    height_px: int = 0
-    reason: ImageFault | None = None
-    detail: str = ""
-
-
 def scan_images(
     listing: Listing,
     *,
@@ -102,26 +83,38 @@ def scan_images(
         onlooker: is shown every picture that has to be decoded.
         processes: those that share the work.
     """
-    cache_file = _cache_file(cache_folder, listing.root) if cache_folder else None
-    known = _read_cache(cache_file) if cache_file else {}
-    all_paths = [str(listing.root / row.image_path) for row in listing.rows]
-    paths = processes.share(all_paths)
-    own: list[_Look] = []
-    look_at = partial(_look_at, known=known, onlooker=onlooker)
+    short_side_px = onlooker.short_side_px if onlooker else SHORT_SIDE_PX
+    rows = processes.share(listing.rows)
+    cache_file = looks_file(cache_folder, listing.root) if cache_folder else None
+    known = read_looks(cache_file) if cache_file else Looks.empty([])
+    looks = Looks.empty(_paths(listing.root, rows))
+    places_known = known.find(looks.keys)
+    has_fresh, look_at = False, partial(_look_at, short_side_px=short_side_px, onlooker=onlooker)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(paths), _FILES_AT_ONCE):
-            batch = paths[start : start + _FILES_AT_ONCE]
-            # Whole batches, so that decoding threads and an onlooker that computes do not fight for the same cores.
-            for look, prepared in list(pool.map(look_at, batch)):
-                own.append(look)
-                if onlooker and prepared is not None:
+        # Whole batches, so that decoding threads and an onlooker that computes do not fight for the same cores.
+        for start in range(0, len(rows), _FILES_AT_ONCE):
+            there = places_known[start : start + _FILES_AT_ONCE].tolist()
+            before = [None if place < 0 else Stamp(*known.stamps[place].tolist()) for place in there]
+            batch = pool.map(look_at, _paths(listing.root, rows[start : start + _FILES_AT_ONCE]), before)
+            for place, (look, prepared) in enumerate(list(batch), start):
+                if look is None:
+                    looks.copy(place, known, there[place - start])
+                else:
+                    has_fresh = True
+                    looks.put(place, look)
+                if onlooker and look and prepared is not None:
                     onlooker.take(look.sha256, prepared)
                 if progress:
-                    progress(len(own), len(paths))
-    looks = processes.gather_shares(own)
-    if cache_file and processes.is_main:
-        _write_cache(cache_file, known, dict(zip(all_paths, looks, strict=True)))
+                    progress(place + 1, len(rows))
+    if processes.count > 1:
+        looks, has_fresh = in_turn(processes.gather(looks)), processes.any(has_fresh)
+    if cache_file and has_fresh and processes.is_main:
+        write_looks(cache_file, known, looks)
     return _scan_of(listing, looks)
+
+
+def _paths(root: Path, rows: Sequence[ImageRow]) -> Iterator[str]:
+    return (f"{root}/{row.image_path}" for row in rows)
 
 
 def write_bad_files(bad_files: Iterable[BadFile], path: Path) -> None:
@@ -148,9 +141,15 @@ def require_few_bad(scan: Scan, *, allow_bad_images: bool = False) -> None:
         return
     refused: list[BadFile] = []
     counts = []
-    for name, splits in (("training", ("train", None)), ("validation", ("valid",)), ("test", ("test",))):
+    kinds: dict[str, tuple[Split | None, ...]] = {
+        "training": ("train", None),
+        "validation": ("valid",),
+        "test": ("test",),
+    }
+    for name, splits in kinds.items():
         bad = [file for file in scan.bad_files if file.split in splits]
-        total = sum(row.split in splits for row in scan.listing.rows)
+        codes = [-1 if split is None else SPLITS.index(split) for split in splits]
+        total = int(np.isin(scan.listing.rows.split_codes, codes).sum())
         if len(bad) > (MAX_BAD_FRACTION * total if name == "training" else 0):
             refused += bad
             counts.append(f"{len(bad)} of {total} {name} images")
@@ -162,84 +161,34 @@ def require_few_bad(scan: Scan, *, allow_bad_images: bool = False) -> None:
         )
 
 
-def _look_at(path: str, *, known: Mapping[str, _Look], onlooker: Onlooker | None) -> tuple[_Look, Any]:
-    """Decode the file at `path`, unless it is known and has not changed; return what an onlooker made of it, too."""
-    short_side_px = onlooker.short_side_px if onlooker else SHORT_SIDE_PX
+def _look_at(
+    path: str, before: Stamp | None, *, short_side_px: int, onlooker: Onlooker | None
+) -> tuple[Look | None, Any]:
+    """Decode the file at `path` and return what an onlooker made of it too; None if it is as it was `before`."""
     try:
         status = os.stat(path)  # noqa: PTH116 - before reading, so that a change in between shows up in the next scan
-        look = _Look(size_bytes=status.st_size, mtime_ns=status.st_mtime_ns, short_side_px=short_side_px)
+        stamp = Stamp(status.st_size, status.st_mtime_ns, short_side_px)
     except (OSError, ValueError):
-        look = _Look(short_side_px=short_side_px)
-    before = known.get(path)
-    if before and _stamp(before) == _stamp(look):
-        return before, None
+        stamp = Stamp(short_side_px=short_side_px)
+    if stamp == before:
+        return None, None
     try:
         data = read_image_file(path)
-        width, height = image_size(data)
+        size_px = image_size(data)
         image_HWC = decode_image(data, short_side_px=short_side_px)
     except ImageError as error:
-        return replace(look, reason=error.reason, detail=error.detail), None
+        return Look(stamp=stamp, reason=error.reason, detail=error.detail), None
     sha256 = hashlib.sha256(data).hexdigest()
-    look = replace(look, sha256=sha256, perceptual_hash=perceptual_hash(image_HWC), width_px=width, height_px=height)
+    look = Look(stamp=stamp, sha256=sha256, perceptual_hash=perceptual_hash(image_HWC), size_px=size_px)
     return look, onlooker.prepare(image_HWC, sha256) if onlooker else None
 
 
-def _stamp(look: _Look) -> tuple[int, int, int]:
-    return look.size_bytes, look.mtime_ns, look.short_side_px
-
-
-def _scan_of(listing: Listing, looks: list[_Look]) -> Scan:
-    good, bad = [], []
-    for row, look in zip(listing.rows, looks, strict=True):
-        if look.reason is not None:
-            bad.append(
-                BadFile(path=row.image_path, reason=look.reason, detail=look.detail, split=row.split, label=row.label)
-            )
-            continue
-        good.append(
-            replace(
-                row,
-                sha256=look.sha256,
-                perceptual_hash=look.perceptual_hash,
-                width_px=look.width_px,
-                height_px=look.height_px,
-            )
-        )
-    return Scan(table=ImageTable(listing.root, tuple(good)), bad_files=tuple(bad), listing=listing)
-
-
-def _cache_file(cache_folder: Path, root: Path) -> Path | None:
-    """Return the file for the looks at `root`, or None where writing it would change the user's data."""
-    folder = cache_folder / "scans"
-    return None if is_inside(folder, root) else folder / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.json"
-
-
-def _read_cache(path: Path) -> dict[str, _Look]:
-    try:
-        document = json.loads(path.read_bytes())
-        if document["format"] != _CACHE_FORMAT:
-            return {}
-        return {file: _Look(**look) for file, look in document["files"].items()}
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-    ):  # absent or corrupt: looking again is all it costs
-        return {}
-
-
-def _write_cache(path: Path, known: Mapping[str, _Look], looks: Mapping[str, _Look]) -> None:
-    # A file that could not be opened may be mended without a new size or time.
-    lasting = {file: look for file, look in looks.items() if look.reason not in ("missing", "permission")}
-    if lasting.items() <= known.items():
-        return
-    files = {file: asdict(look) for file, look in {**known, **lasting}.items()}
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"format": _CACHE_FORMAT, "files": files}))
-        temporary.replace(path)
-    with contextlib.suppress(OSError):
-        temporary.unlink(missing_ok=True)
+def _scan_of(listing: Listing, looks: Looks) -> Scan:
+    bad = []
+    for place in np.flatnonzero(looks.faults >= 0).tolist():
+        row, reason = listing.rows[place], FAULTS[looks.faults[place]]
+        detail = looks.details.get(place, "")
+        bad.append(BadFile(path=row.image_path, reason=reason, detail=detail, split=row.split, label=row.label))
+    rows = listing.rows.with_pictures(looks.pictures)
+    good = rows.take(looks.faults < 0) if bad else rows
+    return Scan(table=ImageTable(listing.root, good), bad_files=tuple(bad), listing=listing)

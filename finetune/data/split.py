@@ -1,25 +1,21 @@
 """Which images are learned from and which are held back: decided once, written to `split.csv`, read back ever after."""
 
 import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
+import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
 from finetune.data.csv_files import read_csv, write_csv
-from finetune.data.table import SPLITS, ImageRow, ImageTable, Split
+from finetune.data.table import SPLITS, Array, ImageRow, ImageTable, Rows, Split, sort_by_path
 from finetune.errors import ConfigError, DataError, RunError, first_ten
 
+TRAIN, VALID = SPLITS.index("train"), SPLITS.index("valid")
 _COLUMNS = ("image_path", "label", "split", "group")
-
-
-class SplitEntry(NamedTuple):
-    """What `split.csv` holds of one image."""
-
-    label: str
-    split: Split | None
-    group: str | None
 
 
 def split_table(table: ImageTable, *, seed: int, valid_fraction: float = 0.2) -> ImageTable:
@@ -43,11 +39,14 @@ def split_table(table: ImageTable, *, seed: int, valid_fraction: float = 0.2) ->
     """
     if not 0 < valid_fraction < 1:
         raise ConfigError(f"valid_fraction must lie between 0 and 1, got {valid_fraction}")
-    rows = sorted(table.rows, key=lambda row: row.image_path)
-    pool = _rows_to_split(rows)
-    valid = _choose_valid(pool, seed, valid_fraction) if pool else set()
-    split_of: dict[str, Split] = {row.image_path: "valid" if row.image_path in valid else "train" for row in pool}
-    return ImageTable(table.root, tuple(replace(row, split=split_of.get(row.image_path, row.split)) for row in rows))
+    rows = sort_by_path(table.rows)
+    pool = _places_to_split(rows)
+    if not len(pool):
+        return ImageTable(table.root, rows)
+    is_valid = _choose_valid(rows.take(pool), seed, valid_fraction)
+    codes_M = rows.split_codes
+    codes_M[pool] = np.where(is_valid, VALID, TRAIN)
+    return ImageTable(table.root, rows.with_splits(codes_M))
 
 
 def write_split_csv(table: ImageTable, path: Path) -> None:
@@ -60,8 +59,8 @@ def write_split_csv(table: ImageTable, path: Path) -> None:
     write_csv(path, columns=_COLUMNS, rows=rows)
 
 
-def read_split_csv(path: Path) -> dict[str, SplitEntry]:
-    """Read what `write_split_csv` wrote, by image path.
+def read_split_csv(path: Path) -> Rows:
+    """Read what `write_split_csv` wrote, sorted by image path.
 
     Raises:
         RunError: if there is no such file.
@@ -69,118 +68,103 @@ def read_split_csv(path: Path) -> dict[str, SplitEntry]:
     """
     if not path.is_file():
         raise RunError(f"{path} does not exist", hint="the run folder is incomplete; train again")
-    entries = {}
+    return sort_by_path(Rows(_split_rows(path)))
+
+
+def _split_rows(path: Path) -> Iterator[ImageRow]:
     for number, values in read_csv(path, required=_COLUMNS):
         if values["split"] not in ("", *SPLITS):
             raise DataError(f"{path}, row {number}: unknown split {values['split']!r}, expected {', '.join(SPLITS)}")
         split = cast(Split, values["split"]) if values["split"] else None
-        entries[values["image_path"]] = SplitEntry(values["label"], split, values["group"] or None)
-    return entries
+        group = values["group"] or None
+        yield ImageRow(image_path=values["image_path"], label=values["label"], split=split, group=group)
 
 
 def apply_split(table: ImageTable, path: Path) -> ImageTable:
-    """Give the images of `table` the splits and groups written in `path`.
+    """Give the images of `table`, in the order of their paths, the splits and groups written in `path`.
 
     Raises:
         RunError: if there is no such file.
         DataError: if it is damaged, or images are new, gone or have another label; each is listed.
     """
-    entries = read_split_csv(path)
-    paths = {row.image_path for row in table.rows}
+    rows, recorded = sort_by_path(table.rows), read_split_csv(path)
+    _refuse_differences(rows, recorded, f"the images of {table.root} are not those of {path}")
+    return ImageTable(table.root, recorded.with_pictures(rows.own_pictures()))
+
+
+def _refuse_differences(rows: Rows, recorded: Rows, message: str) -> None:
+    pairs = ((row.image_path, row.label) == (other.image_path, other.label) for row, other in zip(rows, recorded))  # noqa: B905
+    if len(rows) == len(recorded) and all(pairs):
+        return
+    here, there = ({row.image_path: row.label for row in each} for each in (rows, recorded))
     differences = {
-        "new": [row.image_path for row in table.rows if row.image_path not in entries],
-        "gone": [image_path for image_path in entries if image_path not in paths],
-        "of another label": [
-            row.image_path
-            for row in table.rows
-            if row.image_path in entries and entries[row.image_path].label != row.label
-        ],
+        "new": [image_path for image_path in here if image_path not in there],
+        "gone": [image_path for image_path in there if image_path not in here],
+        "of another label": [name for name, label in here.items() if there.get(name, label) != label],
     }
     found = [f"{len(names)} {what}: {first_ten(map(repr, names))}" for what, names in differences.items() if names]
-    if found:
-        raise DataError(
-            f"the images of {table.root} are not those of {path}; {'; '.join(found)}",
-            hint="restore the images, or train into a new run folder",
-        )
-    rows = (
-        replace(row, split=entries[row.image_path].split, group=entries[row.image_path].group) for row in table.rows
-    )
-    return ImageTable(table.root, tuple(rows))
+    raise DataError(f"{message}; {'; '.join(found)}", hint="restore the images, or train into a new run folder")
 
 
-def _rows_to_split(rows: Sequence[ImageRow]) -> list[ImageRow]:
-    """Return the rows to be divided into train and valid, none if they are divided already."""
-    splits = {row.split for row in rows}
-    if splits == {None}:
-        return list(rows)
-    if without := [row.image_path for row in rows if row.split is None]:
+def _places_to_split(rows: Rows) -> Array:
+    """Return the places of the rows to be divided into train and valid, none if they are divided already."""
+    codes_M = rows.split_codes
+    splits = set(np.unique(codes_M).tolist())
+    if splits == {-1}:
+        return np.arange(len(rows))
+    if -1 in splits:
+        without = [row.image_path for row in rows.take(codes_M == -1)]
         raise DataError(
             f"{len(without)} of {len(rows)} images have no split, others have one: {first_ten(map(repr, without))}",
             hint="fill the split column in every row, or in none",
         )
-    if "train" not in splits:
+    if TRAIN not in splits:
         raise DataError("there are no training images", hint="put images in train/CLASS, or leave the split out")
-    return [] if "valid" in splits else [row for row in rows if row.split == "train"]
+    return np.flatnonzero(codes_M == TRAIN) if VALID not in splits else np.array([], np.int64)
 
 
-class _Component(NamedTuple):
-    """Images that must stay together: how many of each label, and their paths."""
-
-    images: Counter[str]
-    paths: tuple[str, ...]
-
-
-def _components(rows: Iterable[ImageRow]) -> list[_Component]:
-    """Join the rows that share a group, their bytes or their picture, directly or through others."""
-    leader: dict[object, object] = {}
-
-    def find(key: object) -> object:
-        while leader.setdefault(key, key) != key:
-            leader[key] = key = leader[leader[key]]
-        return key
-
-    rows = list(rows)
-    for row in rows:
-        for kind, value in (("group", row.group), ("bytes", row.sha256 or None), ("picture", row.perceptual_hash)):
-            if value is not None:
-                leader[find((kind, value))] = find(row.image_path)
-    members = defaultdict(list)
-    for row in rows:
-        members[find(row.image_path)].append(row)
-    return [
-        _Component(Counter(row.label for row in together), tuple(sorted(row.image_path for row in together)))
-        for together in members.values()
-    ]
+def components(rows: Rows) -> Array:
+    """Number the rows so that those which share a group, their bytes or their picture, also through others, are one."""
+    pictures = rows.own_pictures()
+    edges = []
+    first = len(rows)
+    for keys_M in (rows.group_codes, _numbered(pictures.sha256), _numbered(pictures.perceptual)):
+        present = np.flatnonzero(keys_M >= 0)
+        _, inverse, counts = np.unique(keys_M[present], return_inverse=True, return_counts=True)
+        is_shared = counts[inverse] > 1
+        edges.append(np.stack([present[is_shared], first + inverse[is_shared]]))
+        first += len(counts)
+    ends = np.concatenate(edges, axis=1)
+    graph = coo_matrix((np.ones(ends.shape[1], np.int8), ends), shape=(first, first))
+    numbers: Array = connected_components(graph, directed=False)[1][: len(rows)]
+    return numbers
 
 
-def _choose_valid(rows: Sequence[ImageRow], seed: int, valid_fraction: float) -> set[str]:
-    """Return the paths of the images to hold back."""
-    totals = Counter(row.label for row in rows)
-    targets = {label: min(max(round(total * valid_fraction), 1), total - 1) for label, total in totals.items()}
+def _numbered(hashes: Array) -> Array:
+    """Return a number for each row of (M, 32) bytes, the same for equal ones; -1 where all are zero."""
+    _, numbers = np.unique(hashes.view(f"V{hashes.shape[1]}").ravel(), return_inverse=True)
+    return np.where(hashes.any(axis=1), numbers, -1)
+
+
+def _choose_valid(rows: Rows, seed: int, valid_fraction: float) -> Array:
+    """Return which of the rows, sorted by path, to hold back."""
+    _, firsts, component_M = np.unique(components(rows), return_index=True, return_inverse=True)
     # A hash gives the order, not a generator: so it depends neither on the order of rows nor on a library's version.
-    components = sorted(_components(rows), key=lambda component: _digest(seed, component.paths[0]))
-    _check_separable(components, totals)
-    division = _Division(components, totals, targets)
-    for index in range(len(components)):
+    digests = b"".join(_digest(seed, rows.paths[place]) for place in rows.places_M[firsts].tolist())
+    order = np.lexsort(np.frombuffer(digests, ">u8").reshape(len(firsts), 4).T[::-1])
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    division = _Division(rows.label_column.names, rank[component_M], rows.label_codes, valid_fraction)
+    division.check_separable()
+    for index in range(len(order)):
         if division.change(index).distance < 0:
             division.flip(index)
     division.cover_every_class()
-    return {path for index in division.valid for path in components[index].paths}
+    return division.is_valid[rank[component_M]]
 
 
 def _digest(seed: int, image_path: str) -> bytes:
     return hashlib.sha256(f"{seed}:{image_path}".encode(errors="surrogateescape")).digest()
-
-
-def _check_separable(components: Sequence[_Component], totals: Counter[str]) -> None:
-    parts = Counter(label for component in components for label in component.images)
-    alone = [f"{label!r} ({totals[label]} images)" for label in sorted(parts) if parts[label] < 2]
-    if alone:
-        raise DataError(
-            f"{len(alone)} classes cannot be on both sides of a split, because they have one image, or images that are "
-            f"copies of one another or of one group: {first_ten(alone)}",
-            hint="add images to these classes, leave them out, or give a split yourself in folders train and valid",
-        )
 
 
 class _Change(NamedTuple):
@@ -190,29 +174,55 @@ class _Change(NamedTuple):
     distance: int
 
 
-@dataclass
 class _Division:
-    """Components on two sides, those in `valid` and the rest, with the images of each label held back so far."""
+    """Components, images that must stay together, on two sides: those held back and the rest.
 
-    components: Sequence[_Component]
-    totals: Counter[str]
-    targets: dict[str, int]
-    valid: set[int] = field(default_factory=set)
-    held: Counter[str] = field(default_factory=Counter)
+    Args:
+        names: Of the labels.
+        component_M: The number of each image's component.
+        label_M: The place of each image's label in `names`.
+        valid_fraction: Share of each label to hold back.
+    """
+
+    def __init__(self, names: Sequence[str], component_M: Array, label_M: Array, valid_fraction: float) -> None:
+        self.names = names
+        pairs, self.counts = np.unique(component_M.astype(np.int64) * len(names) + label_M, return_counts=True)
+        self.holders, self.labels = np.divmod(pairs, len(names))
+        components = int(component_M.max()) + 1
+        self.first_pair = np.searchsorted(self.holders, np.arange(components + 1))
+        self.is_valid = np.zeros(components, bool)
+        self.totals = np.bincount(label_M, minlength=len(names)).tolist()
+        self.targets = [min(max(round(total * valid_fraction), 1), total - 1) for total in self.totals]
+        self.held = [0] * len(names)  # images of each label held back so far
+
+    def check_separable(self) -> None:
+        """Refuse labels that no choice of components could put on both sides.
+
+        Raises:
+            DataError: naming them.
+        """
+        parts = np.bincount(self.labels, minlength=len(self.names))
+        alone = sorted(self.names[label] for label in np.flatnonzero(parts == 1).tolist())
+        if alone:
+            listed = [f"{name!r} ({self.totals[self.names.index(name)]} images)" for name in alone]
+            raise DataError(
+                f"{len(alone)} classes cannot be on both sides of a split, because they have one image, or images that "
+                f"are copies of one another or of one group: {first_ten(listed)}",
+                hint="add images to these classes, leave them out, or give a split yourself in folders train and valid",
+            )
 
     def flip(self, index: int) -> None:
         """Move a component to the other side."""
-        if index in self.valid:
-            self.held.subtract(self.components[index].images)
-        else:
-            self.held.update(self.components[index].images)
-        self.valid ^= {index}
+        sign = -1 if self.is_valid[index] else 1
+        for label, count in self._pairs(index):
+            self.held[label] += sign * count
+        self.is_valid[index] ^= True
 
     def change(self, index: int) -> _Change:
         """Say what `flip` would change; below zero is better."""
-        sign = -1 if index in self.valid else 1
+        sign = -1 if self.is_valid[index] else 1
         uncovered = distance = 0
-        for label, count in self.components[index].images.items():
+        for label, count in self._pairs(index):
             before, after = self.held[label], self.held[label] + sign * count
             uncovered += (after in (0, self.totals[label])) - (before in (0, self.totals[label]))
             distance += abs(after - self.targets[label]) - abs(before - self.targets[label])
@@ -224,21 +234,25 @@ class _Division:
         Where groups span classes one move may undo another; preferring the components moved least often leads out.
         """
         moves: Counter[int] = Counter()
-        holders = defaultdict(list)
-        for index, component in enumerate(self.components):
-            for label in component.images:
-                holders[label].append(index)
-        for _ in range(20 * len(self.totals)):
-            uncovered = sorted(label for label, total in self.totals.items() if self.held[label] in (0, total))
+        present = [label for label, total in enumerate(self.totals) if total]
+        for _ in range(20 * len(present)):
+            uncovered = [label for label in present if self.held[label] in (0, self.totals[label])]
             if not uncovered:
                 return
+            worst = min(uncovered, key=self.names.__getitem__)
             index = min(
-                holders[uncovered[0]],
+                self.holders[self.labels == worst].tolist(),
                 key=lambda index: (self.change(index).uncovered, moves[index], self.change(index).distance),
             )
             self.flip(index)
             moves[index] += 1
+        names = sorted(self.names[label] for label in uncovered)
         raise DataError(
-            f"groups and copies tie classes together so that some stay on one side: {first_ten(map(repr, uncovered))}",
+            f"groups and copies tie classes together so that some stay on one side: {first_ten(map(repr, names))}",
             hint="loosen the groups, or give a split yourself in folders train and valid",
         )
+
+    def _pairs(self, index: int) -> Iterator[tuple[int, int]]:
+        """Iterate over the labels of a component, each with its number of images."""
+        pairs = slice(self.first_pair[index], self.first_pair[index + 1])
+        return zip(self.labels[pairs].tolist(), self.counts[pairs].tolist(), strict=True)

@@ -189,7 +189,7 @@ class TrunkPass:
         found = [self.cache.get(row.sha256) for row in table.rows]
         return Features(
             features_ND=np.stack([present(activations)[0] for activations in found]),
-            class_indices_N=np.array(label_map.indices(table.labels), dtype=np.int64),
+            class_indices_N=table.class_indices(label_map),
         )
 
     def summary(self) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """A saved model scored on labelled images."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from finetune.data.loaders import readable, split_loaders
 from finetune.data.scan import Scan
 from finetune.data.split import read_split_csv
-from finetune.data.table import ImageTable, Split
+from finetune.data.table import SPLITS, ImageTable, Split
 from finetune.errors import DataError, first_ten
 from finetune.evaluation.infer import predict_batches
 from finetune.evaluation.scores import Scores, score
@@ -67,7 +67,7 @@ def evaluate_table(
             f"the model does not know the classes {first_ten(unknown)}",
             f"it knows {first_ten(labels.class_names)}",
         )
-    one_split = replace(table, rows=tuple(replace(row, split="test") for row in table.rows))
+    one_split = ImageTable(table.root, table.rows.with_splits(SPLITS.index("test")))
     loader = split_loaders(
         one_split, labels, classifier.metadata.input_spec, batch_size=batch_size, processes=processes
     )["test"]
@@ -87,11 +87,10 @@ def evaluate_table(
 def _with_recorded_splits(table: ImageTable, split_file: Path) -> ImageTable:
     if not split_file.is_file():
         return table
-    recorded = read_split_csv(split_file)
-    rows = (
-        replace(row, split=entry.split)
-        if (entry := recorded.get(row.image_path)) is not None and entry.label == row.label
-        else row
-        for row in table.rows
-    )
-    return replace(table, rows=tuple(rows))
+    recorded = {row.image_path: row for row in read_split_csv(split_file)}
+    splits_M = table.rows.split_codes
+    for index, row in enumerate(table.rows):
+        known = recorded.get(row.image_path)
+        if known and known.split and known.label == row.label:
+            splits_M[index] = SPLITS.index(known.split)
+    return ImageTable(table.root, table.rows.with_splits(splits_M))

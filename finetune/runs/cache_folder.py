@@ -3,7 +3,7 @@
     $FINETUNE_CACHE/activations/ID/   a store of rows, see `row_store`; exports/ID/ and pictures/ID/ are others
         description.json              what determines its rows
         PID-RANDOM.rows, .index       a segment: the rows that one process wrote, and a RECORD for each
-    $FINETUNE_CACHE/scans/ID.json     what the images of one data folder were found to be
+    $FINETUNE_CACHE/scans/ID.npz      what the images of one data folder were found to be
     $FINETUNE_CACHE/data/NAME/        what `finetune data` downloaded
 
 All of it can be computed again, but for the downloads, which are listed and neither counted nor deleted. Nor is a file
@@ -45,7 +45,7 @@ DEFAULT_GIGABYTES = 20.0
 _STORE = re.compile(r"[0-9a-f]{32}")
 _SEGMENT_FILE = re.compile(r"\d+-[0-9a-f]{16}\.(index|rows)")
 _DESCRIPTION_FILE = re.compile(r"description\.json|\.description\.json\.\d+\.part")
-_SCAN_FILE = re.compile(r"[0-9a-f]{32}\.(json|\d+\.tmp)")
+_SCAN_FILE = re.compile(r"[0-9a-f]{32}\.(npz|json|\d+\.tmp)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -160,6 +160,8 @@ def join_processes(device: str) -> Processes:
     import torch
     from accelerate import PartialState
     from torch import distributed
+    from torch.distributed import rendezvous  # type: ignore[attr-defined]
+    from torch.distributed.distributed_c10d import PrefixStore
 
     local_count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if local_count == launched_count():  # one machine: nothing is to be seen from outside
@@ -168,9 +170,9 @@ def join_processes(device: str) -> Processes:
     if os.environ.get("OMP_NUM_THREADS") == "1" and "TORCHELASTIC_RUN_ID" in os.environ:
         # torchrun sets it so, however many cores there are.
         torch.set_num_threads(max(1, available_cores() // local_count))
-    store, rank, count = next(distributed.rendezvous("env://"))
+    store, rank, count = next(rendezvous("env://"))
     # The store outlives a restart by the launcher, and with it the addresses of processes that have ended.
-    fresh = distributed.PrefixStore(f"attempt-{os.environ.get(RESTARTS, '0')}", store)
+    fresh = PrefixStore(f"attempt-{os.environ.get(RESTARTS, '0')}", store)
     is_on_cpu = device == "cpu" or not torch.cuda.is_available()
     state = PartialState(cpu=is_on_cpu, store=fresh, rank=rank, world_size=count, timeout=STEP_TIMEOUT)
     return Processes(

@@ -180,8 +180,8 @@ class ActivationDataset(Dataset[Batch]):
     def __init__(self, table: ImageTable, label_map: LabelMap, *, caches: Sequence[ActivationCache]) -> None:
         self.table = table
         self.caches = caches
-        self.class_indices = label_map.indices(table.labels)
-        self._class_indices_N = torch.tensor(self.class_indices)
+        self.class_indices = table.class_indices(label_map)
+        self._class_indices_N = torch.from_numpy(self.class_indices)
         self._held: dict[int, tuple[torch.Tensor, ...] | None] = {}
         self._room = HELD_BYTES
 

@@ -306,7 +306,7 @@ def test_caching_pays_from_the_second_epoch_on(tmp_path: Path) -> None:
     large = photographs(tmp_path / "data")
     assert not worth_caching(large, spec, 1)
     assert worth_caching(large, spec, 2)
-    assert not worth_caching(replace(large, rows=()), spec, 2)
+    assert not worth_caching(ImageTable(large.root, ()), spec, 2)
     side = round(MIN_PIXELS**0.5)
     assert worth_caching(photographs(tmp_path / "data", width_px=side, height_px=side), spec, 2)
     assert not worth_caching(photographs(tmp_path / "data", width_px=side, height_px=side - 1), spec, 2)

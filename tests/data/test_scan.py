@@ -1,5 +1,4 @@
 import csv
-import json
 import os
 import shutil
 import threading
@@ -13,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from finetune.data import looks
 from finetune.data import scan as scan_module
 from finetune.data.csv_files import read_csv, write_csv
 from finetune.data.listing import list_images
+from finetune.data.looks import read_looks
 from finetune.data.scan import require_few_bad, scan_images, write_bad_files
 from finetune.errors import DataError, StorageError
 
@@ -181,7 +182,7 @@ def test_name_that_is_no_utf8(data, tmp_path):
     assert scan.table.rows[0].label == name
     assert len(scan.table.fingerprint()) == 64
     write_bad_files(scan.bad_files, tmp_path / "bad.csv")
-    assert read_csv(tmp_path / "bad.csv", required=["path"])[0][1]["path"] == f"{name}/2.png"
+    assert next(read_csv(tmp_path / "bad.csv", required=["path"]))[1]["path"] == f"{name}/2.png"
 
 
 # Links
@@ -246,14 +247,14 @@ def test_named_pipe_is_told_without_waiting(data):
 
 def test_unreadable_folder_is_told(data, monkeypatch):
     data.images("a/1.png", "b/2.png")
-    real = Path.iterdir
+    real = os.scandir
 
     def refuse(path):
         if path.name == "b":
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 
-    monkeypatch.setattr(Path, "iterdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
     listing = list_images(data.path)
     assert listing.problems == (f"{data.path / 'b'} cannot be read: Permission denied",)
     assert listing.empty_classes == ((None, "b"),)
@@ -464,21 +465,21 @@ def test_second_scan_decodes_only_what_changed(data, tmp_path, decoded):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\xff\x00", b"[]", b"{}", b'{"format": 1, "files": []}', b'{"format": 1, "files": {"a": {"x": 1}}}'],
+    [None, b"", b"\xff\x00", b"[]", b"PK\x03\x04", b'{"format": 1, "files": []}'],
 )
 def test_corrupt_cache_is_ignored(content, data, tmp_path):
     data.images("a/1.png", "b/2.png")
     first = scan_images(list_images(data.path), cache_folder=tmp_path / "cache")
-    (file,) = (tmp_path / "cache").rglob("*.json")
-    file.write_bytes(content)
+    (file,) = (tmp_path / "cache").rglob("*.npz")
+    file.write_bytes(file.read_bytes()[:-9] if content is None else content)
     assert scan_images(list_images(data.path), cache_folder=tmp_path / "cache") == first
-    assert json.loads(file.read_bytes())["files"], "a sound cache is written in its place"
+    assert len(read_looks(file)) == 2, "a sound cache is written in its place"
 
 
 def test_cache_of_another_format_is_ignored(data, tmp_path, decoded, monkeypatch):
     data.image("a/1.png")
     scan_images(list_images(data.path), cache_folder=tmp_path / "cache")
-    monkeypatch.setattr(scan_module, "_CACHE_FORMAT", 999)
+    monkeypatch.setattr(looks, "FORMAT_NUMBER", 999)
     scan_images(list_images(data.path), cache_folder=tmp_path / "cache")
     assert len(decoded) == 2
 

@@ -115,7 +115,7 @@ def test_a_second_pass_computes_nothing_and_reads_the_same_bits(
 
 def test_the_next_pass_computes_only_what_is_missing(trunk_pass: Begin, folder: Path, backbone: Backbone) -> None:
     table = table_of(folder)
-    part = replace(table, rows=table.rows[:13])
+    part = ImageTable(table.root, table.rows[:13])
     trunk_pass(pooled_trunk(backbone)).fill(part, LoggingReporter())
     rest = trunk_pass(pooled_trunk(backbone))
     rest.fill(table, LoggingReporter())

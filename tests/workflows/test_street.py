@@ -82,7 +82,7 @@ def test_a_run_folder_holds_what_is_promised(coloured: Path, tmp_path: Path, fin
     with (run / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     split = read_split_csv(run / "split.csv")
-    assert {row["image_path"] for row in rows} == {path for path, entry in split.items() if entry.split == "valid"}
+    assert {row["image_path"] for row in rows} == {row.image_path for row in split if row.split == "valid"}
     right = sum(row["label"] == row["predicted"] for row in rows) / len(rows)
     assert found["evaluation"]["accuracy"] == pytest.approx(right)
 

@@ -49,6 +49,7 @@ from finetune.runs.records import FailedPrediction, Prediction
 from finetune.runs.reporting import LoggingReporter, Reporter, SilentReporter
 from finetune.server.watch import watch_server  # noqa: F401 (a verb as it is)
 from finetune.training.assemble import assemble, seed_everything
+from finetune.training.folds import train_folds
 from finetune.training.rate_finder import RateSweep, sweep_rates
 from finetune.training.run import run_job
 from finetune.training.study import study_images
@@ -94,11 +95,13 @@ def train(
     processes = join_processes(asked.device)
     reporter = _voice(reporter, processes)
     with _opened_run(asked, processes) as (whole, listing, run):
-        job = assemble(whole, run, listing, reporter, began=began, processes=processes)
-        with closing(job):
-            metrics = run_job(job, reporter)
+        if whole.folds:
+            metrics = train_folds(whole, run, listing, reporter, processes=processes)
+        else:
+            with closing(assemble(whole, run, listing, reporter, began=began, processes=processes)) as job:
+                metrics = run_job(job, reporter)
         if processes.is_main:
-            write_plots(run, job.table.root)
+            write_plots(run, listing.root)
     return Run(run.path, metrics)
 
 
@@ -174,8 +177,9 @@ def _going_on(config: TrainConfig) -> TrainConfig:
     folder = config.output or newest_folder(config.data, config.model)
     if folder is None:
         return config
-    if any(RunFolder(folder).checkpoints.glob("step-*")):
-        return replace(from_yaml(RunFolder(folder).config), output=folder, resume=True)
+    run = RunFolder(folder)
+    if any(run.checkpoints.glob("step-*")) or run.folds.is_dir():
+        return replace(from_yaml(run.config), output=folder, resume=True)
     return replace(config, output=folder, overwrite=True)
 
 

@@ -37,6 +37,9 @@ class TrainConfig:
     """JSON that maps folder names to the names shown; by default cat_to_name.json in DATA or beside it."""
     valid_fraction: float = 0.2
     """Share of the images set aside for validation where DATA has no such split; between 0 and 0.5."""
+    folds: int = 0
+    """Cross-validate: train this many times, each time with another part of the images held back for validation, and
+    then once on all of them. DATA's own train and valid are one then. 0 does not."""
     allow_bad_images: bool = False
     """Train although more than 1 % of the training images, or any validation image, cannot be read."""
 
@@ -160,6 +163,8 @@ class TrainConfig:
             f"--valid-fraction must be above 0 and at most 0.5, got {self.valid_fraction}": not 0
             < self.valid_fraction
             <= 0.5,
+            f"--folds must be 0 or 2 to 20, got {self.folds}": self.folds != 0 and not 2 <= self.folds <= 20,
+            "--folds trains many times, --budget once": self.folds > 0 and bool(self.budget),
             f"--image-size must be 1 or more, got {self.image_size}": self.image_size != "auto" and self.image_size < 1,
             f"--views must be 0 or more, got {self.views}": self.views != "auto" and self.views < 0,
             f"--epochs must be 0 or more, got {self.epochs}": self.epochs != "auto" and self.epochs < 0,

@@ -1,5 +1,6 @@
 """The plots of a run, drawn from its folder."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def write_plots(run: RunFolder, image_root: Path) -> None:
 
 def _history(epochs: list[dict[str, Any]]) -> dict[str, list[float]]:
     names = ("train_loss", "valid_loss", "train_accuracy", "valid_accuracy", "learning_rates")
-    return {name: [float(epoch[name]) for epoch in epochs] for name in names}
+    return {name: [float(epoch.get(name, math.nan)) for epoch in epochs] for name in names}
 
 
 def _samples(run: RunFolder) -> list[dict[str, str]]:

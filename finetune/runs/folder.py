@@ -68,6 +68,20 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def folds(self) -> Path:
+        """The runs of a cross-validation."""
+        return self.path / "folds"
+
+    def fold(self, number: int) -> "RunFolder":
+        """Return the run in which the images of a fold, counted from 0, are held back."""
+        return RunFolder(self.folds / f"fold-{number + 1}")
+
+    @property
+    def held_out(self) -> Path:
+        """What a run of a cross-validation predicts of the images that it holds back."""
+        return self.path / "held_out.safetensors"
+
+    @property
     def tensorboard(self) -> Path:
         """Events for TensorBoard, where they were asked for."""
         return self.path / "tensorboard"

@@ -49,7 +49,7 @@ def assemble(
     listing: Listing,
     reporter: Reporter,
     *,
-    began: float,
+    began: float = 0.0,
     processes: Processes = ALONE,
 ) -> Job:
     """Turn `config` into a job on the images of `listing`: a new one, or the one that `resume` goes on with.
@@ -251,7 +251,7 @@ def _images(
         if finding.severity == "warning":
             reporter.warn(finding.message)
     require_trainable(images.diagnosis)
-    if config.resume:
+    if config.resume or processes.from_main(run.split.exists):  # a fold of a cross-validation has got one
         return processes.from_main(lambda: apply_split(images.scan.table, run.split)), images.label_map
     table = split_table(images.scan.table, seed=config.seed, valid_fraction=config.valid_fraction)
     if processes.is_main:

@@ -8,6 +8,7 @@ import torch
 
 from finetune.config.schema import OPTION_NAMES, TrainConfig
 from finetune.data.table import ImageTable
+from finetune.evaluation.infer import Predictions
 from finetune.models.initialize import Backbone
 from finetune.runs.folder import RunFolder
 from finetune.runs.processes import ALONE, Processes
@@ -43,6 +44,10 @@ class Job:
     budget: Budget | None = None
     had_no_time: bool = False
     """Whether the budget does not do for an epoch."""
+    held_out: Predictions | None = None
+    """Of a cross-validation, which stand for those of the validation images where none are held back."""
+    predictions: dict[str, Predictions] = field(default_factory=dict)
+    """What the finished model says of each held-out split."""
     progress: Progress = field(default_factory=Progress)
     batches: Batches = field(init=False)
     learner: Learner = field(init=False)

@@ -53,6 +53,8 @@ def train_model(
         ConfigError: The loss takes softmax twice or never, or a loader is missing.
         DivergedError: A loss or gradient is not finite; no update was made with it.
     """
+    if missing := {"train", "valid"} - set(loaders):
+        raise ConfigError(f"the loaders lack {sorted(missing)}", "pass {'train': loader, 'valid': loader}")
     learner = Learner(model=model, criterion=criterion, optimizer=optimizer, schedule=Schedule.of(scheduler, optimizer))
     progress = Progress()
     run_epochs(learner, loaders, num_epochs, progress=progress, watchers=watchers)
@@ -67,11 +69,12 @@ def run_epochs(
     progress: Progress,
     watchers: Sequence[Watcher] = (),
 ) -> None:
-    """Train until `num_epochs` are done or a watcher stops it, beginning where `progress` says and keeping it true."""
-    if missing := {"train", "valid"} - set(loaders):
-        raise ConfigError(f"the loaders lack {sorted(missing)}", "pass {'train': loader, 'valid': loader}")
+    """Train until `num_epochs` are done or a watcher stops it, beginning where `progress` says and keeping it true.
+
+    Where `loaders` has no "valid" the last weights are kept.
+    """
     check_pairing(learner.network, learner.criterion)
-    sampler, valid_loader = loaders["train"].batch_sampler, loaders["valid"]
+    sampler, valid_loader = loaders["train"].batch_sampler, loaders.get("valid")
     learner.model.to(learner.accelerator.device)
     if learner.accelerator.scaler is not None:  # which takes the scale out of the gradients
         learner.optimizer = learner.accelerator.prepare(learner.optimizer)
@@ -129,37 +132,39 @@ def evaluate_loss(learner: Learner, batches: Iterable[Any]) -> Totals:
     return totals
 
 
-def _validate(learner: Learner, valid_loader: DataLoader[Any]) -> Totals:
+def _validate(learner: Learner, valid_loader: DataLoader[Any] | None) -> Totals:
+    if valid_loader is None:
+        return Totals()
     totals = evaluate_loss(learner, valid_loader)
     is_alone = learner.processes.count == 1
     assert is_alone or totals.images == len(valid_loader.dataset), totals  # type: ignore[arg-type]
     return totals
 
 
-def _end_epoch(learner: Learner, valid_loader: DataLoader[Any], *, progress: Progress, seconds: float) -> None:
+def _end_epoch(learner: Learner, valid_loader: DataLoader[Any] | None, *, progress: Progress, seconds: float) -> None:
     history = progress.history
     history.learning_rates.append(float(learner.optimizer.param_groups[0]["lr"]))
     with learner.averaged():
         valid = _validate(learner, valid_loader)
-        if not math.isfinite(valid.mean_loss):
+        if valid_loader is not None and not math.isfinite(valid.mean_loss):
             raise DivergedError(
                 f"the validation loss of epoch {progress.epoch + 1} became {valid.mean_loss}; "
                 "the saves before it are kept",
                 LOWER_RATES,
             )
         progress.epoch += 1
-        if progress.is_best(valid.accuracy):
+        if valid_loader is None or progress.is_best(valid.accuracy):
             progress.keep_best(learner.network, valid.accuracy)
     history.train_loss.append(progress.totals.mean_loss)
     history.train_accuracy.append(progress.totals.accuracy)
     history.valid_loss.append(valid.mean_loss)
     history.valid_accuracy.append(valid.accuracy)
     history.seconds.append(seconds)
-    learner.schedule.epoch_ended(valid.mean_loss)
+    learner.schedule.epoch_ended(progress.totals.mean_loss if valid_loader is None else valid.mean_loss)
     progress.step, progress.totals = 0, Totals()
 
 
-def _average_ends(learner: Learner, valid_loader: DataLoader[Any], progress: Progress) -> None:
+def _average_ends(learner: Learner, valid_loader: DataLoader[Any] | None, progress: Progress) -> None:
     """Keep the mean of the start's weights and the best ones if it is no worse (Wortsman 2022, arXiv 2109.01903)."""
     mean = {
         name: best.lerp(progress.start_weights[name], 0.5) if best.is_floating_point() else best
@@ -168,5 +173,5 @@ def _average_ends(learner: Learner, valid_loader: DataLoader[Any], progress: Pro
     learner.network.load_state_dict(mean)
     accuracy = _validate(learner, valid_loader).accuracy
     progress.history.ends_accuracy = accuracy
-    if accuracy >= progress.history.best_accuracy:
+    if valid_loader is None or accuracy >= progress.history.best_accuracy:
         progress.best_weights = mean

@@ -11,6 +11,8 @@ import torch
 class History:
     """What happened, one value an epoch; losses are means over images (nats), accuracies lie in 0..1.
 
+    Without validation images its scores are NaN and the last weights are kept.
+
     `start_loss` and `start_accuracy` are the validation scores before the first epoch. `best_epoch` is the epoch,
     counted from 1, whose weights are kept; 0 is the start. `ends_accuracy` is that of the mean of these and the start's
     weights, where it was asked for; it is kept in their place if it is no worse.
@@ -129,7 +131,7 @@ class Progress:
     def to_json(self) -> dict[str, Any]:
         """Return all but the weights as plain values; NaN becomes None, for JSON has no NaN."""
         history = {
-            name: None if isinstance(value, float) and math.isnan(value) else value
+            name: [_no_nan(each) for each in value] if isinstance(value, list) else _no_nan(value)
             for name, value in asdict(self.history).items()
         }
         return {
@@ -150,7 +152,8 @@ class Progress:
     ) -> "Progress":
         """Read what `to_json` wrote."""
         history: dict[str, Any] = {
-            name: math.nan if value is None else value for name, value in values["history"].items()
+            name: [_or_nan(each) for each in value] if isinstance(value, list) else _or_nan(value)
+            for name, value in values["history"].items()
         }
         return cls(
             phase=values["phase"],
@@ -166,6 +169,14 @@ class Progress:
             start_weights=start_weights,
             is_resumed=True,
         )
+
+
+def _no_nan(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 class Watcher(Protocol):

@@ -104,6 +104,9 @@ def _tell_the_end(job: Job, reporter: Reporter, *, seconds: float) -> None:
         return
     if job.progress.stop_reason:
         reporter.say(f"Stopped early: {job.progress.stop_reason}.")
+    if math.isnan(history.best_accuracy):
+        reporter.say(f"Trained for {seconds:.0f} s on all images; kept the last epoch, {history.best_epoch}.")
+        return
     start = "the solved head, the linear probe" if job.plan.head_start == "probe" else "the start"
     kept = f"epoch {history.best_epoch}" if history.best_epoch else f"{start}: no epoch of fine-tuning improved on it"
     reporter.say(f"Trained for {seconds:.0f} s; kept {kept} (validation accuracy {history.best_accuracy:.1%}).")
@@ -115,25 +118,34 @@ def _tell_the_end(job: Job, reporter: Reporter, *, seconds: float) -> None:
 
 
 def _write_results(job: Job, reporter: Reporter) -> dict[str, Scores]:
-    predictions: dict[str, Predictions] = {}
-    scores: dict[str, Scores] = {}
+    if job.held_out:
+        job.predictions["valid"] = job.held_out
     for split in ("valid", "test"):
         if split in job.batches.loaders:
-            with reporter.progress(f"Scoring {split}", len(job.table.select(split))) as advance:
-                predictions[split] = predict_batches(
-                    job.learner.model,
-                    readable(job.batches.loaders[split]),
-                    device=job.learner.accelerator.device,
-                    advance=advance,
-                    processes=job.processes,
-                )
-            found = predictions[split]
-            assert len(found.image_paths) == len(job.table.select(split)), split
-            scores[split] = score(found.class_indices_N, found.probabilities_NK, job.label_map.class_names)
+            job.predictions[split] = _predicted(job, split, reporter)
+    names = job.label_map.class_names
+    scores = {
+        split: score(found.class_indices_N, found.probabilities_NK, names) for split, found in job.predictions.items()
+    }
     if job.processes.is_main:
         _write_model(job, scores)
-        write_csv(job.run.predictions, columns=PREDICTION_COLUMNS, rows=_rows(predictions, job.label_map.class_names))
+        write_csv(job.run.predictions, columns=PREDICTION_COLUMNS, rows=_rows(job.predictions, names))
     return scores
+
+
+def _predicted(job: Job, split: str, reporter: Reporter) -> Predictions:
+    loader = job.batches.loaders[split]
+    images = len(loader.dataset)  # type: ignore[arg-type]
+    with reporter.progress(f"Scoring {split}", images) as advance:
+        found = predict_batches(
+            job.learner.model,
+            readable(loader),
+            device=job.learner.accelerator.device,
+            advance=advance,
+            processes=job.processes,
+        )
+    assert len(found.image_paths) == images, split
+    return found
 
 
 def _write_model(job: Job, scores: Mapping[str, Scores]) -> None:

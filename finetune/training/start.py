@@ -64,7 +64,7 @@ def start_network(
     """
     requested = _requested(config)
     has_body = len(backbone.stages) > 1
-    train_N, valid_N = (np.array(label_map.indices(table.select(split).labels)) for split in ("train", "valid"))
+    train_N, valid_N = (table.select(split).class_indices(label_map) for split in ("train", "valid"))
     study = None
     evidence = count_images(train_N)
     baselines = Baselines(majority=majority_accuracy(train_N, valid_N))
@@ -147,5 +147,6 @@ def _start_head(backbone: Backbone, study: Study) -> None:
 def _tell(reporter: Reporter, baselines: Baselines, scenario: str, reason: str) -> None:
     names = {"majority": "majority", "knn": "nearest neighbours", "probe": "linear probe"}
     scores = [f"{names[name]} {score:.1%}" for name, score in baselines.to_json().items() if score is not None]
-    reporter.say(f"Validation accuracy to beat: {', '.join(scores)}.")
+    if scores:
+        reporter.say(f"Validation accuracy to beat: {', '.join(scores)}.")
     reporter.say(f"Scenario {scenario}: {reason}")

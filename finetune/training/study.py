@@ -22,7 +22,7 @@ class Baselines:
     linear probe.
     """
 
-    majority: float
+    majority: float | None
     knn: float | None = None
     probe: float | None = None
 
@@ -64,7 +64,9 @@ def study_images(
         reporter: Shows progress where features have to be computed.
     """
     device = trunk_pass.engine.device
-    train, valid = (trunk_pass.features(table.select(split), label_map, reporter) for split in ("train", "valid"))
+    train = trunk_pass.features(table.select("train"), label_map, reporter)
+    held_back = table.select("valid")
+    valid = trunk_pass.features(held_back, label_map, reporter) if len(held_back) else None
     probe = None
     if with_probe:
         probe = processes.from_main(
@@ -72,6 +74,8 @@ def study_images(
                 train, class_count=len(label_map), seed=seed, class_weights_K=class_weights_K, device=device
             )
         )
+    if valid is None:
+        return Study(train=train, probe=probe, baselines=Baselines(majority=None))
     return Study(
         train=train,
         probe=probe,
@@ -83,6 +87,8 @@ def study_images(
     )
 
 
-def majority_accuracy(train_N: np.ndarray[Any, Any], held_out_N: np.ndarray[Any, Any]) -> float:
+def majority_accuracy(train_N: np.ndarray[Any, Any], held_out_N: np.ndarray[Any, Any]) -> float | None:
     """Return the share of the held-out class indices that are the most frequent one of the training images."""
+    if not len(held_out_N):
+        return None
     return float((held_out_N == np.bincount(train_N).argmax()).mean())

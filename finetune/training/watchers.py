@@ -1,5 +1,6 @@
 """What is shown and recorded while a model trains."""
 
+import math
 import time
 from contextlib import ExitStack
 
@@ -18,7 +19,8 @@ class EpochRecorder:
         """Record the scores of the start, before the first epoch."""
         if progress.is_new:
             history = progress.history
-            self.run.record("start", {"valid_loss": history.start_loss, "valid_accuracy": history.start_accuracy})
+            scores = {"valid_loss": history.start_loss, "valid_accuracy": history.start_accuracy}
+            self.run.record("start", _finite(scores))
 
     def step_ended(self, progress: Progress) -> None:
         """Nothing to do."""
@@ -27,7 +29,7 @@ class EpochRecorder:
         """Record the scores of the epoch."""
         last = {name: values[-1] for name, values in progress.history.series().items()}
         best = progress.history.best_epoch
-        self.run.record("epoch", {"epoch": progress.epoch, **last, "best_epoch": best})
+        self.run.record("epoch", {"epoch": progress.epoch, **_finite(last), "best_epoch": best})
 
 
 class ProgressBar:
@@ -63,9 +65,16 @@ class ProgressBar:
         """Close the bar and say how the validation went."""
         self.bar.close()
         history = progress.history
-        star = "  (best so far)" if history.best_epoch == progress.epoch else ""
+        valid, star = "", ""
+        if not math.isnan(history.valid_loss[-1]):
+            valid = f"; valid loss {history.valid_loss[-1]:.3f}, accuracy {history.valid_accuracy[-1]:.1%}"
+            star = "  (best so far)" if history.best_epoch == progress.epoch else ""
         self.reporter.say(
             f"Epoch {progress.epoch}/{progress.epochs}: train loss {history.train_loss[-1]:.3f}, accuracy "
-            f"{history.train_accuracy[-1]:.1%}; valid loss {history.valid_loss[-1]:.3f}, accuracy "
-            f"{history.valid_accuracy[-1]:.1%}; {history.seconds[-1]:.0f} s{star}"
+            f"{history.train_accuracy[-1]:.1%}{valid}; {history.seconds[-1]:.0f} s{star}"
         )
+
+
+def _finite(scores: dict[str, float]) -> dict[str, float]:
+    """Leave out the scores of validation where nothing is held back."""
+    return {name: score for name, score in scores.items() if math.isfinite(score)}

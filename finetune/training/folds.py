@@ -1,0 +1,236 @@
+"""Cross-validation: every image is held back once, and in the end a model learns from all of them."""
+
+import math
+import warnings
+from collections import Counter
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median_low
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load, save
+from scipy.stats import t
+from sklearn.model_selection import StratifiedGroupKFold
+
+from finetune.config.schema import TrainConfig
+from finetune.config.yaml_io import from_yaml, to_yaml
+from finetune.data.check import require_trainable
+from finetune.data.listing import Listing
+from finetune.data.read import read_images
+from finetune.data.split import TRAIN, VALID, components, write_split_csv
+from finetune.data.table import SPLITS, Array, ImageTable
+from finetune.errors import DataError, RunError, first_ten
+from finetune.evaluation.infer import Predictions
+from finetune.evaluation.scores import Scores
+from finetune.runs.folder import RunFolder, open_run, write_whole
+from finetune.runs.processes import Processes
+from finetune.runs.reporting import Reporter
+from finetune.training.assemble import assemble
+from finetune.training.job import Job
+from finetune.training.run import run_job
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fold:
+    """What came of training with one part of the images held back."""
+
+    held_out: Predictions
+    accuracy: float
+    epochs: int
+    """Those that the kept weights had been trained for."""
+    scenario: str
+
+
+def train_folds(
+    config: TrainConfig, run: RunFolder, listing: Listing, reporter: Reporter, *, processes: Processes
+) -> dict[str, Scores]:
+    """Train `config.folds` times, each time with another part of the images held back, and then on all of them.
+
+    Each of these is a run in a folder of its own below folds/; the last, in `run`, takes their most frequent scenario
+    and the median of the epochs that they kept. Its scores of "valid" are those of the out-of-fold predictions. On a
+    resume, finished ones stay as they are.
+
+    Returns:
+        The scores of "valid" and, where there is one, "test".
+
+    Raises:
+        DataError: Some class has too few images to be learned while one is held back.
+        RunError: A resume asks for another number of folds.
+    """
+    if config.resume and processes.from_main(lambda: from_yaml(run.config)).folds != config.folds:
+        raise RunError(f"{run.path} cannot be resumed: it has another number of --folds", "choose another --output")
+    if processes.is_main and not config.resume:
+        write_whole(run.config, to_yaml(replace(config, data=str(Path(config.data).resolve()), overwrite=False)))
+    images = read_images(
+        Path(config.data),
+        listing=listing,
+        label_names=config.label_names,
+        allow_bad_images=config.allow_bad_images,
+        processes=processes,
+        reporter=reporter,
+    )
+    require_trainable(images.diagnosis)
+    table, fold_of = images.scan.table, fold_numbers(images.scan.table, folds=config.folds, seed=config.seed)
+    folds = []
+    for number in range(config.folds):
+        reporter.say(f"Fold {number + 1} of {config.folds}.")
+        part = _held_back(table, fold_of, number)
+        folds.append(_train_fold(config, run.fold(number), part, listing, reporter, processes=processes))
+    held_out = _joined([fold.held_out for fold in folds])
+    accuracies = [fold.accuracy for fold in folds]
+    low, high = accuracy_interval(accuracies)
+    reporter.say(
+        f"Accuracy on what was held back, mean of {config.folds} folds: {np.mean(accuracies):.1%} ({low:.1%} to "
+        f"{high:.1%}). Now one model learns from all images."
+    )
+    everything = _held_back(table, fold_of, None)
+    with closing(_last_job(config, run, everything, listing, reporter, folds=folds, processes=processes)) as job:
+        job.held_out = held_out
+        if processes.is_main:
+            values = {"folds": config.folds, "accuracies": accuracies, "mean": float(np.mean(accuracies))}
+            run.record("cross_validation", {**values, "interval": [low, high]})
+        return run_job(job, reporter)
+
+
+def fold_numbers(table: ImageTable, *, folds: int, seed: int) -> Array:
+    """Return for each image the fold in which it is held back, (M,) from 0; -1 for test images, which never are.
+
+    The folds are stratified, and images of one group, of identical bytes or of one picture are in the same.
+
+    Raises:
+        DataError: Some class would have nothing left to learn from.
+    """
+    rows = table.rows
+    learned = np.flatnonzero(rows.split_codes != SPLITS.index("test"))
+    pool = rows.take(learned)
+    component_of = components(pool)
+    parts = Counter(label for _, label in set(zip(component_of.tolist(), pool.label_codes.tolist(), strict=True)))
+    if alone := sorted(rows.label_column.names[label] for label, count in parts.items() if count < 2):
+        raise DataError(
+            f"{len(alone)} classes have one image, or images that are copies of one another or of one group, so that "
+            f"nothing is left to learn from where it is held back: {first_ten(map(repr, alone))}",
+            "add images to these classes, or train without --folds",
+        )
+    if len(set(component_of.tolist())) < folds:
+        raise DataError(f"there are fewer than {folds} images, or groups of them", "take fewer --folds")
+    splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
+    fold_of = np.full(len(rows), -1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of classes with fewer images than folds: some have none of them
+        for number, (_, held_back) in enumerate(splitter.split(learned, pool.label_codes, component_of)):
+            fold_of[learned[held_back]] = number
+    return fold_of
+
+
+def accuracy_interval(accuracies: list[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean accuracy of the folds, within 0..1.
+
+    The folds learn from nearly the same images, for which the variance of the mean is corrected (Nadeau & Bengio 2003,
+    Inference for the generalization error, Machine Learning 52).
+    """
+    folds, mean = len(accuracies), float(np.mean(accuracies))
+    variance = float(np.var(accuracies, ddof=1)) * (1 / folds + 1 / (folds - 1))
+    half = float(t.ppf((1 + CONFIDENCE) / 2, folds - 1)) * math.sqrt(variance)
+    return max(0.0, mean - half), min(1.0, mean + half)
+
+
+def _held_back(table: ImageTable, fold_of: Array, number: int | None) -> ImageTable:
+    """Return the images with those of one fold for validation, or with none."""
+    is_test = table.rows.split_codes == SPLITS.index("test")
+    codes = np.where(is_test, SPLITS.index("test"), np.where(fold_of == number, VALID, TRAIN))
+    return ImageTable(table.root, table.rows.with_splits(codes))
+
+
+def _train_fold(
+    config: TrainConfig,
+    run: RunFolder,
+    table: ImageTable,
+    listing: Listing,
+    reporter: Reporter,
+    *,
+    processes: Processes,
+) -> _Fold:
+    """Train with the split of `table`, unless that has been done, and return what came of it."""
+    if not processes.from_main(run.held_out.exists):
+        config = replace(config, folds=0, tracker="none", output=run.path)
+        with ExitStack() as stack:
+            config = processes.from_main(lambda: _open(config, run, table, stack))
+            job = stack.enter_context(closing(assemble(config, run, listing, reporter, processes=processes)))
+            run_job(job, reporter)
+            if processes.is_main:
+                write_whole(run.held_out, _packed(job))
+    return processes.from_main(lambda: _read_fold(run))
+
+
+def _open(config: TrainConfig, run: RunFolder, table: ImageTable, stack: ExitStack) -> TrainConfig:
+    """Open the folder of a fold, or of what is left of it; return the config to begin or to go on with."""
+    has_save = any(run.checkpoints.glob("step-*"))
+    stack.enter_context(open_run(run.path, resume=has_save, overwrite=not has_save))
+    if has_save:
+        return replace(from_yaml(run.config), output=run.path, resume=True)
+    write_split_csv(table, run.split)
+    return replace(config, resume=False, overwrite=True)
+
+
+def _last_job(
+    config: TrainConfig,
+    run: RunFolder,
+    table: ImageTable,
+    listing: Listing,
+    reporter: Reporter,
+    *,
+    folds: list[_Fold],
+    processes: Processes,
+) -> Job:
+    """Return the job that learns from all images in the way that the folds have found best."""
+    if processes.from_main(lambda: any(run.checkpoints.glob("step-*"))):
+        return assemble(replace(config, resume=True), run, listing, reporter, processes=processes)
+    if processes.is_main:
+        write_split_csv(table, run.split)
+    processes.wait()
+    changes: dict[str, Any] = {
+        "resume": False,
+        "scenario": Counter(fold.scenario for fold in folds).most_common(1)[0][0],
+    }
+    if not config.phases:
+        changes["epochs"] = median_low(fold.epochs for fold in folds)
+    return assemble(replace(config, **changes), run, listing, reporter, processes=processes)
+
+
+def _packed(job: Job) -> bytes:
+    found, history = job.predictions["valid"], job.progress.history
+    # A head that began at random is no good without an epoch.
+    epochs = max(history.best_epoch, 1) if job.plan.head_start == "random" else history.best_epoch
+    arrays = {"probabilities_NK": found.probabilities_NK, "class_indices_N": found.class_indices_N}
+    texts = {"image_paths": "\0".join(found.image_paths), "epochs": str(epochs), "scenario": job.plan.scenario}
+    encoded = {name: np.frombuffer(text.encode(errors="surrogateescape"), np.uint8) for name, text in texts.items()}
+    return bytes(save({**arrays, **encoded}))
+
+
+def _read_fold(run: RunFolder) -> _Fold:
+    values = load(run.held_out.read_bytes())
+    texts = {
+        name: values[name].tobytes().decode(errors="surrogateescape") for name in ("image_paths", "epochs", "scenario")
+    }
+    held_out = Predictions(
+        probabilities_NK=values["probabilities_NK"],
+        class_indices_N=values["class_indices_N"],
+        image_paths=tuple(texts["image_paths"].split("\0")),
+    )
+    accuracy = float((held_out.probabilities_NK.argmax(axis=1) == held_out.class_indices_N).mean())
+    return _Fold(held_out=held_out, accuracy=accuracy, epochs=int(texts["epochs"]), scenario=texts["scenario"])
+
+
+def _joined(parts: list[Predictions]) -> Predictions:
+    """Return the predictions of all parts, in the order of the image paths."""
+    paths = [path for part in parts for path in part.image_paths]
+    order = np.array(sorted(range(len(paths)), key=paths.__getitem__))
+    return Predictions(
+        probabilities_NK=np.concatenate([part.probabilities_NK for part in parts])[order],
+        class_indices_N=np.concatenate([part.class_indices_N for part in parts])[order],
+        image_paths=tuple(paths[place] for place in order),
+    )

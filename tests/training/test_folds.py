@@ -1,0 +1,183 @@
+"""Cross-validation: who is held back when, what is said of it, and a resume in the middle of it."""
+
+import csv
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import t
+
+import finetune
+from finetune.data.table import ImageRow, ImageTable
+from finetune.errors import ConfigError, DataError, RunError
+from finetune.runs.folder import RunFolder
+from finetune.runs.model_file import read_metadata
+from finetune.training import folds
+from finetune.training.folds import accuracy_interval, fold_numbers
+from finetune.training.progress import Progress
+from finetune.training.watchers import ProgressBar
+from tests.training.exact_resume import write_images
+
+OPTIONS: dict[str, Any] = {
+    "model": "timm/test_resnet",
+    "use_pretrained": False,
+    "scenario": "large-similar",
+    "image_size": 32,
+    "epochs": 2,
+    "batch_size": 8,
+    "workers": 0,
+    "head_start": "random",
+    "folds": 3,
+}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write_images(tmp_path / "data")
+    return tmp_path / "data"
+
+
+def table_of(rows: list[ImageRow]) -> ImageTable:
+    return ImageTable(Path("/data"), rows)
+
+
+def singles(label: str, count: int) -> list[ImageRow]:
+    return [ImageRow(image_path=f"{label}/{number}", label=label) for number in range(count)]
+
+
+def test_every_image_is_held_back_once_and_every_class_in_every_fold() -> None:
+    table = table_of([*singles("a", 20), *singles("b", 10), ImageRow(image_path="t", label="a", split="test")])
+    found = fold_numbers(table, folds=5, seed=3)
+    assert found[-1] == -1
+    assert Counter(zip(table.labels, found.tolist(), strict=True)) == {
+        **{("a", number): 4 for number in range(5)},
+        **{("b", number): 2 for number in range(5)},
+        ("a", -1): 1,
+    }
+    assert (fold_numbers(table, folds=5, seed=3) == found).all()
+    assert (fold_numbers(table, folds=5, seed=4) != found).any()
+
+
+def test_images_of_a_group_and_copies_are_in_one_fold() -> None:
+    rows = [replace(row, group=f"film {number // 3}") for number, row in enumerate(singles("a", 12))]
+    rows += [replace(row, sha256=f"{number // 2 + 1:064x}") for number, row in enumerate(singles("b", 12))]
+    found = fold_numbers(table_of(rows), folds=3, seed=0)
+    assert all(len(set(found[first : first + 3])) == 1 for first in range(0, 12, 3))
+    assert all(len(set(found[first : first + 2])) == 1 for first in range(12, 24, 2))
+    assert set(found) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([*singles("a", 9), *singles("b", 1)], "1 classes have one image.*'b'"),
+        ([*singles("a", 2), *singles("b", 2)], "fewer than 5 images"),
+    ],
+)
+def test_too_few_images_are_refused(rows: list[ImageRow], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        fold_numbers(table_of(rows), folds=5, seed=0)
+
+
+def test_interval_is_that_of_the_corrected_t_test() -> None:
+    """Five folds: a variance of 0.001, times 1/5 + 1/4, and 2.776 standard errors to either side."""
+    accuracies = [0.8, 0.84, 0.86, 0.82, 0.88]
+    low, high = accuracy_interval(accuracies)
+    half = 2.776445 * (np.var(accuracies, ddof=1) * 0.45) ** 0.5
+    assert (low, high) == pytest.approx((0.84 - half, 0.84 + half))
+    assert t.ppf(0.975, 4) == pytest.approx(2.776445)
+    assert accuracy_interval([1.0, 0.9])[1] == 1.0
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_out_of_fold_predictions_are_scored_and_a_model_learns_from_all(data: Path, tmp_path: Path) -> None:
+    run = finetune.train(data, output=tmp_path / "run", **OPTIONS)
+    folder = RunFolder(run.folder)
+    predicted = rows_of(folder.predictions)
+    assert sorted(row["image_path"] for row in predicted) == [row["image_path"] for row in rows_of(folder.split)]
+    assert len(predicted) == run.metrics["valid"].images == 43
+    assert {row["split"] for row in rows_of(folder.split)} == {"train"}
+
+    held_back, right = [], 0
+    for number in range(3):
+        fold = folder.fold(number)
+        own = {row["image_path"]: row["predicted"] for row in rows_of(fold.predictions)}
+        assert set(own) == {row["image_path"] for row in rows_of(fold.split) if row["split"] == "valid"}
+        assert own == {row["image_path"]: row["predicted"] for row in predicted if row["image_path"] in own}
+        held_back += list(own)
+    assert len(held_back) == len(set(held_back)) == 43
+    right = sum(row["label"] == row["predicted"] for row in predicted)
+    assert run.metrics["valid"].accuracy == pytest.approx(right / 43)
+
+    events = {event["event"]: event for event in folder.events()}
+    assert events["cross_validation"]["folds"] == 3
+    assert events["cross_validation"]["mean"] == pytest.approx(np.mean(events["cross_validation"]["accuracies"]))
+    assert not {"valid_loss", "valid_accuracy"} & set(events["epoch"])
+    assert read_metadata(folder.model).metrics["accuracy"] == pytest.approx(right / 43)
+    assert run.classifier.predict(str(next((data / "train").rglob("*.png")))).class_name in ("blue", "green", "red")
+    assert {path.name for path in folder.plots.iterdir()} == {"curves.png", "confusion.png", "samples.png"}
+    with pytest.raises(RunError, match="another number of --folds"):
+        finetune.train(output=run.folder, resume=True, folds=2)
+
+
+def test_images_for_tests_are_never_learned_from_nor_held_back(data: Path, tmp_path: Path) -> None:
+    (data / "valid").rename(data / "test")
+    run = finetune.train(data, output=tmp_path / "run", **OPTIONS)
+    assert (run.metrics["valid"].images, run.metrics["test"].images) == (31, 12)
+    for number in range(3):
+        counts = Counter(row["split"] for row in rows_of(RunFolder(run.folder).fold(number).split))
+        assert counts["test"] == 12
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_resume_goes_on_in_the_fold_that_was_interrupted(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    whole = finetune.train(data, output=tmp_path / "whole", **OPTIONS)
+    begun, step_ended = [], ProgressBar.step_ended
+
+    def interrupted(self: ProgressBar, progress: Progress) -> None:
+        step_ended(self, progress)
+        if len(begun) == stop + 1 and progress.global_step == 2:
+            progress.stop_reason, progress.is_interrupted = "enough", True
+
+    def counted(*values: Any, **options: Any) -> Any:
+        begun.append(values)
+        return assemble(*values, **options)
+
+    class StoppedError(Exception):
+        pass
+
+    def run_job(job: Any, reporter: Any) -> Any:
+        scores = finished(job, reporter)
+        if job.progress.is_interrupted:
+            raise StoppedError
+        return scores
+
+    assemble, finished = folds.assemble, folds.run_job
+    with monkeypatch.context() as patch:
+        patch.setattr(folds, "assemble", counted)
+        patch.setattr(folds, "run_job", run_job)
+        patch.setattr(ProgressBar, "step_ended", interrupted)
+        with pytest.raises(StoppedError):
+            finetune.train(data, output=tmp_path / "run", **OPTIONS)
+        begun.clear()
+        patch.setattr(ProgressBar, "step_ended", step_ended)
+        finetune.train(output=tmp_path / "run", resume=True)
+    assert len(begun) == 4 - stop
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == whole.folder.joinpath(
+        "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("changes", [{"folds": 1}, {"folds": 21}, {"budget": "5m"}])
+def test_what_cannot_be_meant_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="--folds"):
+        finetune.TrainConfig(data="x", **{"folds": 5, **changes})

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         load,
         predict,
         train,
+        tune,
         write_data,
     )
     from finetune.config.schema import TrainConfig
@@ -86,6 +87,7 @@ _HOMES = {
     "to_dense": "finetune.models.dense",
     "train": "finetune.api",
     "train_model": "finetune.training.loop",
+    "tune": "finetune.api",
     "watch_server": "finetune.server.watch",
     "write_data": "finetune.api",
 }
@@ -130,6 +132,7 @@ __all__ = [
     "to_dense",
     "train",
     "train_model",
+    "tune",
     "watch_server",
     "write_data",
 ]

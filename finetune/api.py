@@ -1,5 +1,6 @@
 """The verbs: what a command does, the function of the same name does."""
 
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from finetune.advice.choose import Advice, choose
 from finetune.advice.measure import measure
 from finetune.config import TrainConfig, from_yaml, starting_point, with_options
+from finetune.config.durations import parse_seconds
 from finetune.data.check import Diagnosis, require_classes, require_trainable
 from finetune.data.listing import Listing, list_images
 from finetune.data.loaders import worker_faults
@@ -53,6 +55,7 @@ from finetune.training.folds import train_folds
 from finetune.training.rate_finder import RateSweep, sweep_rates
 from finetune.training.run import run_job
 from finetune.training.study import study_images
+from finetune.training.tune import Tuning, opened_study, search_options
 
 Pathlike = str | os.PathLike[str]
 
@@ -138,11 +141,54 @@ def find_learning_rate(
     return sweep
 
 
+def tune(
+    data: Pathlike | None = None,
+    *,
+    config: TrainConfig | None = None,
+    search: Sequence[str] = (),
+    trials: int = 20,
+    timeout: str = "",
+    reporter: Reporter | None = None,
+    **options: object,
+) -> Tuning:
+    """Search for better options by training again and again, and leave a study with a run folder for each.
+
+    Args:
+        data: What to train on; may stand in `config` instead.
+        config: What all trainings share; the defaults without one.
+        search: The options to search; by default the usual ones that are not given.
+        trials: How many trainings there are to be in all.
+        timeout: Time after which none begins, such as "2h"; nothing sets no limit.
+        reporter: Told of every training; by default the logger "finetune" is.
+        options: Any field of `TrainConfig`, by name; `output` is the folder of the study, and with `resume=True` it
+            goes on.
+
+    Raises:
+        ConfigError, DataError, ModelError, RunError: Something given cannot be used; the message says what to do.
+        MissingExtraError: Optuna is not installed.
+    """
+    deadline = time.monotonic() + parse_seconds(timeout) if timeout else math.inf
+    asked = _whole_config(data, config, options)
+    listing = _listed(asked)
+    folder = asked.output or next_free_folder(asked.data, "tune")
+    with opened_study(replace(asked, output=folder)) as shared, worker_faults():
+        return search_options(
+            shared,
+            folder,
+            listing,
+            reporter or LoggingReporter(),
+            names=tuple(search),
+            trials=trials,
+            deadline=deadline,
+        )
+
+
 def _whole_config(data: Pathlike | None, config: TrainConfig | None, options: dict[str, object]) -> TrainConfig:
     if data is not None:
         options["data"] = data
     if config is None and options.get("resume") and options.get("output"):
-        config = from_yaml(RunFolder(Path(str(options["output"]))).config)
+        saved = RunFolder(Path(str(options["output"]))).config
+        config = from_yaml(saved) if saved.exists() else None
     return with_options(config or starting_point(options.get("model")), options)
 
 
@@ -157,17 +203,23 @@ def _opened_run(config: TrainConfig, processes: Processes) -> Iterator[tuple[Tra
         yield processes.from_main(lambda: _open(config, stack))
 
 
-def _open(config: TrainConfig, stack: ExitStack) -> tuple[TrainConfig, Listing, RunFolder]:
+def _listed(config: TrainConfig) -> Listing:
+    """List the images to learn from: the first to be done, before anything is made or emptied for them."""
     if not config.data:
         raise ConfigError("no DATA to train on", "name a folder or CSV of labelled images")
-    listing = list_images(Path(config.data))  # before anything is made or emptied for it
+    listing = list_images(Path(config.data))
     require_classes(listing)
+    if config.output and Path(config.data).is_dir() and config.output.resolve().is_relative_to(listing.root.resolve()):
+        raise ConfigError(f"the run folder {config.output} lies inside DATA", "name an --output outside of it")
+    return listing
+
+
+def _open(config: TrainConfig, stack: ExitStack) -> tuple[TrainConfig, Listing, RunFolder]:
+    listing = _listed(config)
     if is_restarted():
         config = _going_on(config)
     config = replace(config, output=config.output or next_free_folder(config.data, config.model))
     assert config.output is not None
-    if Path(config.data).is_dir() and config.output.resolve().is_relative_to(listing.root.resolve()):
-        raise ConfigError(f"the run folder {config.output} lies inside DATA", "name an --output outside of it")
     run = stack.enter_context(open_run(config.output, resume=config.resume, overwrite=config.overwrite))
     return config, listing, run
 

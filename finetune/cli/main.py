@@ -14,6 +14,7 @@ from finetune.runs.processes import launched_rank
 
 COMMANDS = {
     "train": "train a classifier on a folder of labelled images",
+    "tune": "search for better options by training again and again",
     "watch": "show the curves of runs in a browser, while they train",
     "predict": "name what is on images",
     "evaluate": "score a trained model on labelled images",

@@ -184,7 +184,7 @@ def open_run(path: Path, *, resume: bool = False, overwrite: bool = False) -> It
         raise StorageError(
             f"cannot create the run folder {path}: {error.strerror}", "choose another --output"
         ) from error
-    with _lock(path):
+    with hold_folder(path):
         if overwrite or is_leftover:
             _empty(path)
         yield run
@@ -268,8 +268,8 @@ def is_training(run: RunFolder) -> bool:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold `.lock`; the kernel lets go of it when the process ends, however it ends."""
+def hold_folder(path: Path) -> Iterator[None]:
+    """Hold the folder at `path` against other processes by its `.lock`, which the kernel frees when this one ends."""
     try:
         file = (path / ".lock").open("a+")
     except OSError as error:

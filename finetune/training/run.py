@@ -24,8 +24,10 @@ from finetune.training.watchers import EpochRecorder, ProgressBar
 PREDICTION_COLUMNS = ("image_path", "split", "label", "predicted", "probability")
 
 
-def run_job(job: Job, reporter: Reporter) -> dict[str, Scores]:
+def run_job(job: Job, reporter: Reporter, *, watchers: Sequence[Watcher] = ()) -> dict[str, Scores]:
     """Train as `job` plans, then write the model, the predictions and the scores of every held-out split.
+
+    `watchers` look on beside its own.
 
     Returns:
         The scores of "valid" and, where there is one, "test".
@@ -42,7 +44,7 @@ def run_job(job: Job, reporter: Reporter) -> dict[str, Scores]:
         if job.config.tracker != "none" and job.processes.is_main:
             tracking = stack.enter_context(closing(Tracking(job.config.tracker, job.run, job.config)))
         while True:
-            _run_phase(job, interruption, tracking, reporter)
+            _run_phase(job, interruption, [*watchers, *([tracking] if tracking else [])], reporter)
             is_out_of_time = job.budget is not None and job.budget.is_used_up
             if job.is_last_phase or job.progress.is_interrupted or is_out_of_time:
                 break
@@ -57,7 +59,7 @@ def run_job(job: Job, reporter: Reporter) -> dict[str, Scores]:
     return _write_results(job, reporter)
 
 
-def _run_phase(job: Job, interruption: Interruption, tracking: Tracking | None, reporter: Reporter) -> None:
+def _run_phase(job: Job, interruption: Interruption, others: Sequence[Watcher], reporter: Reporter) -> None:
     _tell_what_learns(job, reporter)
     checkpointer = Checkpointer(job.run, job.learner, identity=job.identity(), reporter=reporter)
     watchers: list[Watcher] = [interruption, ProgressBar(reporter)]
@@ -68,8 +70,7 @@ def _run_phase(job: Job, interruption: Interruption, tracking: Tracking | None, 
         watchers.append(stopping)
         if job.progress.epoch:
             stopping.epoch_ended(job.progress)  # a resume of a training that had stopped early
-    if tracking:
-        watchers.append(tracking)
+    watchers += others
     if job.budget:
         watchers.append(job.budget)
     # The checkpointer comes last: what it saves includes what the others have done.

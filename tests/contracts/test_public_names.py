@@ -48,6 +48,7 @@ PINNED = [
     "to_dense",
     "train",
     "train_model",
+    "tune",
     "watch_server",
     "write_data",
 ]

@@ -44,6 +44,11 @@ def test_every_command_of_the_readme_runs(
     assert len(lines) >= 16
     for line in lines:
         words = shlex.split(line)
+        if words[0] == "torchrun":
+            command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert result.returncode == 0, (line, result.stderr)
+            continue
         assert words[0] == "finetune", line
         result = finetune(*words[1:], "--quiet")
         assert result.code == 0, (line, result.err)

@@ -38,11 +38,10 @@ from finetune.report.charts import draw_rate_sweep
 from finetune.report.class_map import draw_class_map, require_new_picture
 from finetune.report.plots import write_plots
 from finetune.runs.cache_folder import clear_cache, list_cache, prune_cache  # noqa: F401 (verbs as they are)
-from finetune.runs.folder import RunFolder, newest_folder, next_free_folder, open_run
+from finetune.runs.folder import RunFolder, next_free_folder, open_run
 from finetune.runs.processes import (
     ALONE,
     Processes,
-    is_restarted,
     join_processes,
     launched_count,
     peer_faults,
@@ -58,6 +57,8 @@ from finetune.training.study import study_images
 from finetune.training.tune import Tuning, opened_study, search_options
 
 Pathlike = str | os.PathLike[str]
+FOLDER = "run folder"  # of this job, which is to be found again after a restart
+RESTART_SECONDS = 30.0  # for which processes of a job that was killed may still hold it
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,7 @@ def train(
         else:
             with closing(assemble(whole, run, listing, reporter, began=began, processes=processes)) as job:
                 metrics = run_job(job, reporter)
-        if processes.is_main:
-            write_plots(run, listing.root)
+        processes.from_main(lambda: write_plots(run, listing.root))
     return Run(run.path, metrics)
 
 
@@ -167,6 +167,8 @@ def tune(
         ConfigError, DataError, ModelError, RunError: Something given cannot be used; the message says what to do.
         MissingExtraError: Optuna is not installed.
     """
+    if launched_count() > 1:
+        raise ConfigError("a search trains in one process", "tune without a launcher such as torchrun")
     deadline = time.monotonic() + parse_seconds(timeout) if timeout else math.inf
     asked = _whole_config(data, config, options)
     listing = _listed(asked)
@@ -200,7 +202,7 @@ def _voice(reporter: Reporter | None, processes: Processes) -> Reporter:
 def _opened_run(config: TrainConfig, processes: Processes) -> Iterator[tuple[TrainConfig, Listing, RunFolder]]:
     """List the images and open the run folder, named in the config then, while the main process writes to it."""
     with ExitStack() as stack, worker_faults(), peer_faults():
-        yield processes.from_main(lambda: _open(config, stack))
+        yield processes.from_main(lambda: _open(config, stack, processes))
 
 
 def _listed(config: TrainConfig) -> Listing:
@@ -214,20 +216,23 @@ def _listed(config: TrainConfig) -> Listing:
     return listing
 
 
-def _open(config: TrainConfig, stack: ExitStack) -> tuple[TrainConfig, Listing, RunFolder]:
+def _open(config: TrainConfig, stack: ExitStack, processes: Processes) -> tuple[TrainConfig, Listing, RunFolder]:
     listing = _listed(config)
-    if is_restarted():
-        config = _going_on(config)
+    if folder := processes.recall(FOLDER):
+        config = _going_on(config, Path(folder))
     config = replace(config, output=config.output or next_free_folder(config.data, config.model))
     assert config.output is not None
-    run = stack.enter_context(open_run(config.output, resume=config.resume, overwrite=config.overwrite))
+    patience = RESTART_SECONDS if folder else 0.0
+    run = stack.enter_context(
+        open_run(config.output, resume=config.resume, overwrite=config.overwrite, patience_seconds=patience)
+    )
+    processes.remember(FOLDER, str(config.output))
     return config, listing, run
 
 
-def _going_on(config: TrainConfig) -> TrainConfig:
-    """Return the config with which a job that its launcher has restarted goes on, from its last save if it has one."""
-    folder = config.output or newest_folder(config.data, config.model)
-    if folder is None:
+def _going_on(config: TrainConfig, folder: Path) -> TrainConfig:
+    """Return the config with which a job goes on that had `folder` before its launcher restarted it."""
+    if config.resume:
         return config
     run = RunFolder(folder)
     if any(run.checkpoints.glob("step-*")) or run.folds.is_dir():
@@ -263,7 +268,7 @@ def predict(
         PredictionInputError: A folder holds no image, or a pattern matches nothing.
     """
     processes = join_processes(device)
-    paths = find_inputs(inputs)
+    paths = processes.from_main(lambda: find_inputs(inputs))
     classifier = load_classifier(run, device=device)
     if dense:
         classifier, batch_size = over_whole_pictures(classifier), 1
@@ -298,10 +303,12 @@ def evaluate(
     processes = join_processes(device)
     reporter = _voice(reporter, processes)
     classifier = load_classifier(run, device=device)
-    scan = read_images(Path(data), processes=processes, reporter=reporter).scan
-    require_few_bad(scan, allow_bad_images=allow_bad_images)
-    name, table = choose_split(scan, Path(run), split)
-    scores = evaluate_table(classifier, table, batch_size=batch_size, processes=processes, reporter=reporter)
+    with peer_faults():
+        listing = processes.from_main(lambda: list_images(Path(data)))
+        scan = read_images(Path(data), listing=listing, processes=processes, reporter=reporter).scan
+        require_few_bad(scan, allow_bad_images=allow_bad_images)
+        name, table = choose_split(scan, Path(run), split)
+        scores = evaluate_table(classifier, table, batch_size=batch_size, processes=processes, reporter=reporter)
     return Evaluation(split=name, scores=scores)
 
 

@@ -1,5 +1,6 @@
 """`finetune predict`: what is on these images, one result after the other."""
 
+import collections
 import csv
 import io
 import os
@@ -18,6 +19,7 @@ from finetune.errors import ConfigError, MissingExtraError, StorageError
 from finetune.runs import strict_json
 from finetune.runs.folder import find_model_file
 from finetune.runs.model_file import read_metadata
+from finetune.runs.processes import launched_rank
 from finetune.runs.records import FailedPrediction, Prediction
 
 Result = Prediction | FailedPrediction
@@ -73,6 +75,9 @@ def run(words: list[str], reporter: ConsoleReporter) -> int:
         batch_size=options.batch_size,
         device=options.device,
     )
+    if launched_rank():  # the main process of the job writes for all
+        collections.deque(results, maxlen=0)
+        return 0
     failures = _Failures()
     counted = failures.count(results)
     if options.format == "parquet":

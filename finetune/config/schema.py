@@ -149,7 +149,8 @@ class TrainConfig:
     """Number format of the forward pass; auto is bf16 where that is faster: on most GPUs, and on a processor with
     instructions for it for large networks without depthwise convolutions."""
     workers: int | Auto = "auto"
-    """Processes that decode images; auto measures which number is fastest, 0 decodes in the training process."""
+    """Processes that decode images; auto measures which number is fastest, 0 decodes in the training process.
+    Each of several processes has as many."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant, all faults in one error."""

@@ -126,7 +126,7 @@ class _Walk:
         return folders, others
 
     def _entries(self, folder: Path) -> list[tuple[str, bool]]:
-        """Return the names of the visible entries of `folder` and whether each is a folder, in the order of paths."""
+        """Return the names of the visible entries of `folder`, sorted, and whether each is a folder."""
         try:
             with os.scandir(folder) as scan:
                 entries = [(entry.name, _is_folder(entry)) for entry in scan]
@@ -134,8 +134,7 @@ class _Walk:
             self.problems.append(f"{folder} cannot be read: {error.strerror}")
             return []
         visible = [entry for entry in entries if not entry[0].startswith(".") and entry[0].lower() not in _CLUTTER]
-        # As text, "a/1" comes after "a-b/1" and before "ab/1": the stroke after the name of a folder counts.
-        return sorted(visible, key=lambda entry: f"{entry[0]}/" if entry[1] else entry[0])
+        return sorted(visible)
 
     def split_rows(self, folder: Path, split: Split) -> Iterator[ImageRow]:
         """Yield the images of every class in the folder of one split."""
@@ -149,26 +148,29 @@ class _Walk:
         # A link back to the root or the split would bring the images of every other class under this label.
         entered = {os.path.realpath(self.root), os.path.realpath(folder.parent)}
         is_empty = True
-        for image_path in self._images(folder, folder.relative_to(self.root).as_posix(), entered):
+        for image_path in self._images(folder, entered):
             is_empty = False
             yield ImageRow(image_path=image_path, label=folder.name, split=split)
         if is_empty:
             self.empty_classes.append((split, folder.name))
 
-    def _images(self, folder: Path, prefix: str, entered: set[str]) -> Iterator[str]:
-        """Yield the paths of the images in `folder` and below, in their order, each beginning with `prefix`."""
-        real = os.path.realpath(folder)
-        if real in entered:
-            self.problems.append(f"{folder} links to a folder that is read already")
-            return
-        entered.add(real)
-        for name, is_folder in self._entries(folder):
-            if is_folder:
-                yield from self._images(folder / name, f"{prefix}/{name}", entered)
-            elif looks_like_image(f"{folder}/{name}"):
-                yield f"{prefix}/{name}"
-            else:
-                self.ignored_files.append(folder / name)
+    def _images(self, folder: Path, entered: set[str]) -> Iterator[str]:
+        """Yield the paths of the images in `folder` and below."""
+        pending = [(folder, folder.relative_to(self.root).as_posix())]
+        while pending:
+            current, prefix = pending.pop()
+            real = os.path.realpath(current)
+            if real in entered:
+                self.problems.append(f"{current} links to a folder that is read already")
+                continue
+            entered.add(real)
+            entries = self._entries(current)
+            pending += [(current / name, f"{prefix}/{name}") for name, is_folder in reversed(entries) if is_folder]
+            for name, is_folder in entries:
+                if not is_folder and looks_like_image(f"{current}/{name}"):
+                    yield f"{prefix}/{name}"
+                elif not is_folder:
+                    self.ignored_files.append(current / name)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -224,8 +225,14 @@ def _loader(dataset: Any, workers: int, **options: Any) -> DataLoader[Any]:
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else every epoch draws from the global generator that dropout lives on
         collate_fn=_collate,
+        worker_init_fn=_leave_group,
         **options,
     )
+
+
+def _leave_group(_worker: int) -> None:
+    """Leave signals to the process that trains: a launcher sends them to its whole group, and it stops in order."""
+    os.setpgrp()
 
 
 def _collate(samples: list[Sample] | Batch) -> Batch | DraftBatch | ImageError:

@@ -146,7 +146,7 @@ def read_looks(path: Path) -> Looks:
                 return expected
             columns = [file[f"column{number}"] for number in range(len(expected.columns()))]
             details = {int(place): str(detail) for place, detail in json.loads(file["details"].tobytes()).items()}
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, RuntimeError, TypeError, zipfile.BadZipFile):
         return expected
     is_alike = (
         column.dtype == own.dtype and column.shape[1:] == own.shape[1:] and len(column) == len(columns[0])
@@ -160,11 +160,10 @@ def write_looks(path: Path, known: Looks, fresh: Looks) -> None:
     lasting = fresh.take(np.flatnonzero(~np.isin(fresh.faults, [FAULTS.index(fault) for fault in PASSING])))
     if not len(lasting):
         return
-    whole = joined([lasting, known])
+    whole = joined([lasting, known]) if len(known) else lasting
     # The first of each key stays, and that is the fresh one.
     _, firsts = np.unique(whole.keys.view("V16").ravel(), return_index=True)
-    kept = whole.take(firsts)
-    kept = kept.take(np.argsort(kept.keys[:, 0], kind="stable"))
+    kept = whole.take(firsts[np.argsort(whole.keys[firsts, 0], kind="stable")])
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

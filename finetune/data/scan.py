@@ -25,6 +25,7 @@ MAX_BAD_FRACTION = 0.01
 SHORT_SIDE_PX = 256
 """To which a large photograph may be reduced while it is decoded, where nobody asks for more of it."""
 
+LATEST_NS = 2**63 - 1  # in the year 2262
 _FILES_AT_ONCE = 64  # queued for the threads; an interrupt waits for no more than those being decoded
 
 
@@ -167,7 +168,7 @@ def _look_at(
     """Decode the file at `path` and return what an onlooker made of it too; None if it is as it was `before`."""
     try:
         status = os.stat(path)  # noqa: PTH116 - before reading, so that a change in between shows up in the next scan
-        stamp = Stamp(status.st_size, status.st_mtime_ns, short_side_px)
+        stamp = Stamp(status.st_size, min(status.st_mtime_ns, LATEST_NS), short_side_px)
     except (OSError, ValueError):
         stamp = Stamp(short_side_px=short_side_px)
     if stamp == before:

@@ -103,6 +103,7 @@ def _refuse_differences(rows: Rows, recorded: Rows, message: str) -> None:
         "of another label": [name for name, label in here.items() if there.get(name, label) != label],
     }
     found = [f"{len(names)} {what}: {first_ten(map(repr, names))}" for what, names in differences.items() if names]
+    found = found or ["some stand in it more than once"]
     raise DataError(f"{message}; {'; '.join(found)}", hint="restore the images, or train into a new run folder")
 
 

@@ -157,7 +157,7 @@ class Rows(Sequence[ImageRow]):
     def __getitem__(self, index: int | slice) -> "ImageRow | Rows":
         """Return one row, or a part of them."""
         if isinstance(index, slice):
-            return self.take(np.arange(len(self))[index])
+            return self._with(places_M=self.places_M[index])
         place = int(self.places_M[index])
         split, picture = self._splits[place], self.pictures
         perceptual = int.from_bytes(picture.perceptual[place].tobytes(), "big")
@@ -190,7 +190,7 @@ class Rows(Sequence[ImageRow]):
 
     def with_pictures(self, pictures: Pictures) -> "Rows":
         """Return the rows with what a scan found of them, row by row."""
-        if len(self) == len(self.paths):
+        if np.array_equal(self.places_M, np.arange(len(self.paths))):
             return self._with(pictures=pictures)
         whole = Pictures.empty(len(self.paths))
         for name in ("sha256", "perceptual", "size_px"):

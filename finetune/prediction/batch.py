@@ -13,7 +13,7 @@ from finetune.data.decode import decode_image, looks_like_image
 from finetune.data.transforms import to_tensor
 from finetune.errors import ImageError, PredictionInputError
 from finetune.prediction.classifier import Classifier
-from finetune.runs.processes import ALONE, Processes
+from finetune.runs.processes import ALONE, Processes, peer_faults
 from finetune.runs.records import FailedPrediction, Prediction
 
 
@@ -60,9 +60,10 @@ def predict_many(
     starts = range(0, len(paths), batch_size)
     own = [path for start in processes.share(starts) for path in paths[start : start + batch_size]]
     batches = _predicted(classifier, own, batch_size=batch_size, top_k=top_k)
-    for _ in range(0, len(starts), processes.count):
-        for results in processes.gather(next(batches, [])):
-            yield from results
+    with peer_faults():
+        for _ in range(0, len(starts), processes.count):
+            for results in processes.gather(next(batches, [])):
+                yield from results
 
 
 def _predicted(

@@ -45,6 +45,11 @@ def choose_split(scan: Scan, run: Path, split: SplitChoice) -> tuple[str, ImageT
             return name, chosen
     if split != "auto":
         raise DataError(f"{table.root} has no {split} images", "choose another --split, or --split all")
+    if (table.rows.split_codes == SPLITS.index("train")).all():
+        raise DataError(
+            f"{run} has learned from all of these images, so that their scores would say nothing",
+            "score it on others, or pass --split all; a run of --folds has its scores in metrics.jsonl",
+        )
     return "all", table
 
 

@@ -26,8 +26,9 @@ def describe_environment(*, device: str, processes: int, threads: int, precision
 
 
 def available_cores() -> int:
-    """Return on how many processors this process may run."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many processors there are for this process, where a launcher has started others beside it, too."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _version(package: str) -> str | None:

@@ -129,7 +129,7 @@ RUN_NAMES = frozenset(
 )
 """The names of everything in a run folder."""
 
-GLANCES = 5  # of others at a lock, before it counts as held
+GLANCES, GLANCE_SECONDS = 5, 0.02  # of others at a lock, before it counts as held
 
 EARLY_NAMES = frozenset({"bad_files.csv", "split.csv", "advice.json", "metrics.jsonl", "environment.json"})
 """What a start writes before its config, none of it dear to anyone."""
@@ -138,12 +138,6 @@ EARLY_NAMES = frozenset({"bad_files.csv", "split.csv", "advice.json", "metrics.j
 def next_free_folder(data: str, model: str) -> Path:
     """Return runs/<data>-<model>, or with -2, -3 … appended where that is taken."""
     return next(path for path in _default_folders(data, model) if not path.exists())
-
-
-def newest_folder(data: str, model: str) -> Path | None:
-    """Return the one before `next_free_folder`, if there is one."""
-    taken = list(itertools.takewhile(Path.exists, _default_folders(data, model)))
-    return taken[-1] if taken else None
 
 
 def _default_folders(data: str, model: str) -> Iterator[Path]:
@@ -155,10 +149,13 @@ def _default_folders(data: str, model: str) -> Iterator[Path]:
 
 
 @contextmanager
-def open_run(path: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[RunFolder]:
+def open_run(
+    path: Path, *, resume: bool = False, overwrite: bool = False, patience_seconds: float = 0.0
+) -> Iterator[RunFolder]:
     """Create the run folder at `path`, or open it again, and hold it against a second process.
 
-    What a start that failed has left behind, before anything was learned, counts as empty.
+    What a start that failed has left behind, before anything was learned, counts as empty. One that holds it may take
+    `patience_seconds` to let go of it.
 
     Raises:
         RunError: It holds files and neither `resume` nor `overwrite` is asked for, it holds files that no run wrote,
@@ -184,7 +181,7 @@ def open_run(path: Path, *, resume: bool = False, overwrite: bool = False) -> It
         raise StorageError(
             f"cannot create the run folder {path}: {error.strerror}", "choose another --output"
         ) from error
-    with hold_folder(path):
+    with hold_folder(path, patience_seconds=patience_seconds):
         if overwrite or is_leftover:
             _empty(path)
         yield run
@@ -268,7 +265,7 @@ def is_training(run: RunFolder) -> bool:
 
 
 @contextmanager
-def hold_folder(path: Path) -> Iterator[None]:
+def hold_folder(path: Path, *, patience_seconds: float = 0.0) -> Iterator[None]:
     """Hold the folder at `path` against other processes by its `.lock`, which the kernel frees when this one ends."""
     try:
         file = (path / ".lock").open("a+")
@@ -277,13 +274,13 @@ def hold_folder(path: Path) -> Iterator[None]:
             f"cannot write to the run folder {path}: {error.strerror}", "choose another --output"
         ) from error
     with file:
-        for patience in range(GLANCES, -1, -1):
+        for patience in range(GLANCES + round(patience_seconds / GLANCE_SECONDS), -1, -1):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError as error:
                 if patience:  # it may be no more than `is_training` having a look
-                    time.sleep(0.02)
+                    time.sleep(GLANCE_SECONDS)
                     continue
                 file.seek(0)
                 raise RunError(

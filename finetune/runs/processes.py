@@ -3,14 +3,16 @@
 A launcher such as torchrun or `accelerate launch` starts them, on one machine or on several; by default there is one.
 """
 
+import atexit
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from finetune.errors import FinetuneError, RunError
+from finetune.errors import ConfigError, FinetuneError, RunError
 from finetune.runs.environment import available_cores
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ class Processes:
     local_count: int = 1
     group: Any = None
     """Over which they talk, by way of the CPU."""
+    store: Any = None
+    """What torchrun keeps for its job, over restarts too."""
 
     @property
     def is_main(self) -> bool:
@@ -88,6 +92,17 @@ class Processes:
     def wait(self) -> None:
         """Go on once all have come here."""
         self.most(0)
+
+    def remember(self, name: str, text: str) -> None:
+        """Keep `text` for the time after a restart by torchrun."""
+        if self.store is not None:
+            self.store.set(name, text)
+
+    def recall(self, name: str) -> str | None:
+        """Return what this job has kept under `name` before it was restarted."""
+        if self.store is None or not self.store.check([name]):
+            return None
+        return str(self.store.get(name).decode())
 
     def from_main(self, work: Callable[[], T]) -> T:
         """Let the main process do `work` and return to all what it made.
@@ -144,18 +159,17 @@ def launched_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def is_restarted() -> bool:
-    """Tell whether torchrun has started the job again, after one of its processes had ended."""
-    return launched_count() > 1 and os.environ.get(RESTARTS, "0") != "0"
-
-
 def join_processes(device: str) -> Processes:
     """Meet the other processes of this job, if a launcher has started any; each takes a GPU of its own.
 
     Args:
         device: What to compute on, as in `--device`: "auto", "cpu", "cuda" or "mps".
+
+    Raises:
+        ConfigError: They cannot compute there together.
     """
-    if launched_count() == 1:
+    is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if launched_count() == 1 and not is_torchrun:
         return ALONE
     import torch
     from accelerate import PartialState
@@ -163,17 +177,21 @@ def join_processes(device: str) -> Processes:
     from torch.distributed import rendezvous  # type: ignore[attr-defined]
     from torch.distributed.distributed_c10d import PrefixStore
 
+    store, rank, count = next(rendezvous("env://"))
+    if count == 1:
+        return Processes(store=store)
     local_count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if local_count == launched_count():  # one machine: nothing is to be seen from outside
+    is_on_cpu = device == "cpu" or not torch.cuda.is_available()
+    _require_devices(device, local_count, is_on_cpu=is_on_cpu)
+    if local_count == count and sys.platform == "linux":  # one machine: nothing is to be seen from outside
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, "lo")
-    if os.environ.get("OMP_NUM_THREADS") == "1" and "TORCHELASTIC_RUN_ID" in os.environ:
-        # torchrun sets it so, however many cores there are.
-        torch.set_num_threads(max(1, available_cores() // local_count))
-    store, rank, count = next(rendezvous("env://"))
+    if os.environ.get("OMP_NUM_THREADS") == "1" and is_torchrun:  # which sets it so, however many cores there are
+        torch.set_num_threads(available_cores())
     # The store outlives a restart by the launcher, and with it the addresses of processes that have ended.
     fresh = PrefixStore(f"attempt-{os.environ.get(RESTARTS, '0')}", store)
-    is_on_cpu = device == "cpu" or not torch.cuda.is_available()
+    if not distributed.is_initialized():
+        atexit.register(distributed.destroy_process_group)  # else its threads may abort an interpreter that ends
     state = PartialState(cpu=is_on_cpu, store=fresh, rank=rank, world_size=count, timeout=STEP_TIMEOUT)
     return Processes(
         rank=state.process_index,
@@ -181,7 +199,22 @@ def join_processes(device: str) -> Processes:
         local_rank=state.local_process_index,
         local_count=local_count,
         group=distributed.new_group(backend="gloo", timeout=WORK_TIMEOUT),
+        store=store if is_torchrun else None,
     )
+
+
+def _require_devices(device: str, local_count: int, *, is_on_cpu: bool) -> None:
+    import torch
+
+    if is_on_cpu and (device == "mps" or (device == "auto" and torch.backends.mps.is_available())):
+        raise ConfigError("several processes cannot compute on one Apple GPU", "use --device cpu, or one process")
+    if not is_on_cpu and local_count > torch.cuda.device_count():
+        raise ConfigError(
+            f"{local_count} processes were started for {torch.cuda.device_count()} GPUs",
+            "start one process for each, or use --device cpu",
+        )
+    if not is_on_cpu and "LOCAL_RANK" not in os.environ:
+        raise ConfigError("the launcher does not say which GPU is whose", "set LOCAL_RANK, or use torchrun")
 
 
 @contextmanager
@@ -197,7 +230,7 @@ def peer_faults() -> Iterator[None]:
         if launched_count() == 1 or not _is_of_peers(error):
             raise
         raise RunError(
-            "another process of this job has ended or does not answer",
+            f"another process of this job has ended or does not answer ({str(error).splitlines()[0]})",
             "its own message says why; --resume goes on from the last save",
         ) from error
 

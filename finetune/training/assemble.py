@@ -68,6 +68,7 @@ def assemble(
         job.budget = budget
         job.enter_phase()
         job.fit_budget()
+        torch.manual_seed(config.seed + processes.rank)  # for one more process than there were
         saved_plan = saved.values["identity"]["plans"][job.progress.phase]
         job.progress = restore_state(saved, job.learner, is_longer=job.plan.epochs > saved_plan["epochs"])
         if processes.is_main:
@@ -195,7 +196,7 @@ def _saved_job(
     """Return the job that `run` holds, with the weights of its last save but nothing else restored yet."""
     saved = processes.from_main(lambda: read_state(run, reporter))
     identity = saved.values["identity"]
-    _refuse_changes(config, identity["options"], run)
+    refuse_changes(config, identity["options"], run)
     backbone = _network(config, listing, device, is_filled_later=True)
     names = [stage.name for stage in backbone.stages]
     config = replace(config, phases=config.phases or identity["phases"])
@@ -329,8 +330,12 @@ def _absolute(path: Path | None) -> Path | None:
     return path and path.resolve()
 
 
-def _refuse_changes(config: TrainConfig, options: dict[str, Any], run: RunFolder) -> None:
-    """Compare the options as they were given with those the run was saved with; an "auto" agrees with any."""
+def refuse_changes(config: TrainConfig, options: dict[str, Any], run: RunFolder) -> None:
+    """Compare the options as they were given with those the run was saved with; an "auto" agrees with any.
+
+    Raises:
+        RunError: Some differ; all are listed.
+    """
     changes = [
         f"--{name.replace('_', '-')} was {options[name]!r} and is {value!r}"
         for name, value in fixed_options(config).items()

@@ -1,6 +1,7 @@
 """Cross-validation: every image is held back once, and in the end a model learns from all of them."""
 
 import math
+import shutil
 import warnings
 from collections import Counter
 from contextlib import ExitStack, closing
@@ -24,11 +25,12 @@ from finetune.data.table import SPLITS, Array, ImageTable
 from finetune.errors import DataError, RunError, first_ten
 from finetune.evaluation.infer import Predictions
 from finetune.evaluation.scores import Scores
+from finetune.runs import strict_json
 from finetune.runs.folder import RunFolder, open_run, write_whole
 from finetune.runs.processes import Processes
 from finetune.runs.reporting import Reporter
-from finetune.training.assemble import assemble
-from finetune.training.job import Job
+from finetune.training.assemble import ANEW, OTHER_IMAGES, assemble, refuse_changes
+from finetune.training.job import Job, fixed_options
 from finetune.training.run import run_job
 
 CONFIDENCE = 0.95
@@ -61,10 +63,8 @@ def train_folds(
         DataError: Some class has too few images to be learned while one is held back.
         RunError: A resume asks for another number of folds.
     """
-    if config.resume and processes.from_main(lambda: from_yaml(run.config)).folds != config.folds:
-        raise RunError(f"{run.path} cannot be resumed: it has another number of --folds", "choose another --output")
-    if processes.is_main and not config.resume:
-        write_whole(run.config, to_yaml(replace(config, data=str(Path(config.data).resolve()), overwrite=False)))
+    if config.resume:
+        processes.from_main(lambda: _refuse_changes(config, run))
     images = read_images(
         Path(config.data),
         listing=listing,
@@ -75,6 +75,7 @@ def train_folds(
     )
     require_trainable(images.diagnosis)
     table, fold_of = images.scan.table, fold_numbers(images.scan.table, folds=config.folds, seed=config.seed)
+    processes.from_main(lambda: _write_plan(config, run, table))
     folds = []
     for number in range(config.folds):
         reporter.say(f"Fold {number + 1} of {config.folds}.")
@@ -90,10 +91,47 @@ def train_folds(
     everything = _held_back(table, fold_of, None)
     with closing(_last_job(config, run, everything, listing, reporter, folds=folds, processes=processes)) as job:
         job.held_out = held_out
-        if processes.is_main:
+        if processes.is_main and job.progress.is_new:
             values = {"folds": config.folds, "accuracies": accuracies, "mean": float(np.mean(accuracies))}
             run.record("cross_validation", {**values, "interval": [low, high]})
         return run_job(job, reporter)
+
+
+def _refuse_changes(config: TrainConfig, run: RunFolder) -> None:
+    """Refuse a resume with other options than the folds before it had."""
+    before = from_yaml(run.config)
+    if (before.folds, before.epochs, before.phases) != (config.folds, config.epochs, config.phases):
+        raise RunError(
+            f"{run.path} cannot be resumed: --folds, --epochs and --phases were {before.folds}, {before.epochs!r} and "
+            f"{before.phases!r}",
+            ANEW,
+        )
+    refuse_changes(config, fixed_options(before), run)
+
+
+def _write_plan(config: TrainConfig, run: RunFolder, table: ImageTable) -> None:
+    """Write down what is divided into folds, and how all are to be trained; a resume must find the same images."""
+    plan, fingerprint = run.folds / "plan.json", table.fingerprint()
+    if config.resume and plan.exists():
+        if strict_json.parse(plan.read_bytes())["data_fingerprint"] != fingerprint:
+            raise RunError(f"{run.path} cannot be resumed: {OTHER_IMAGES}", ANEW)
+        return
+    run.folds.mkdir(exist_ok=True)
+    write_whole(plan, strict_json.dump({"data_fingerprint": fingerprint}))
+    write_whole(run.config, to_yaml(_lasting(config)))
+
+
+def _lasting(config: TrainConfig) -> TrainConfig:
+    """Return the options as they were given, to be used from anywhere."""
+    return replace(
+        config,
+        data=str(Path(config.data).resolve()),
+        weights=config.weights and config.weights.resolve(),
+        label_names=config.label_names and config.label_names.resolve(),
+        output=None,
+        resume=False,
+        overwrite=False,
+    )
 
 
 def fold_numbers(table: ImageTable, *, folds: int, seed: int) -> Array:
@@ -115,14 +153,22 @@ def fold_numbers(table: ImageTable, *, folds: int, seed: int) -> Array:
             f"nothing is left to learn from where it is held back: {first_ten(map(repr, alone))}",
             "add images to these classes, or train without --folds",
         )
-    if len(set(component_of.tolist())) < folds:
-        raise DataError(f"there are fewer than {folds} images, or groups of them", "take fewer --folds")
+    if np.bincount(pool.label_codes).max() < folds or len(set(component_of.tolist())) < folds:
+        raise DataError(f"no class has {folds} images, one for each fold", "take fewer --folds")
     splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
     fold_of = np.full(len(rows), -1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of classes with fewer images than folds: some have none of them
         for number, (_, held_back) in enumerate(splitter.split(learned, pool.label_codes, component_of)):
             fold_of[learned[held_back]] = number
+    whole = set(pool.label_codes.tolist())
+    for number in range(folds):
+        rest = set(rows.label_codes[(fold_of >= 0) & (fold_of != number)].tolist())
+        if lost := sorted(rows.label_column.names[label] for label in whole - rest):
+            raise DataError(
+                f"where a part of the images is held back, nothing is left of these classes: {first_ten(lost)}",
+                "take other --folds or another --seed, or loosen the groups",
+            )
     return fold_of
 
 
@@ -160,9 +206,11 @@ def _train_fold(
         with ExitStack() as stack:
             config = processes.from_main(lambda: _open(config, run, table, stack))
             job = stack.enter_context(closing(assemble(config, run, listing, reporter, processes=processes)))
+            job.folder = run.path.parent.parent
             run_job(job, reporter)
             if processes.is_main:
                 write_whole(run.held_out, _packed(job))
+                shutil.rmtree(run.checkpoints, ignore_errors=True)
     return processes.from_main(lambda: _read_fold(run))
 
 
@@ -171,7 +219,7 @@ def _open(config: TrainConfig, run: RunFolder, table: ImageTable, stack: ExitSta
     has_save = any(run.checkpoints.glob("step-*"))
     stack.enter_context(open_run(run.path, resume=has_save, overwrite=not has_save))
     if has_save:
-        return replace(from_yaml(run.config), output=run.path, resume=True)
+        return _going_on(config, run, run.config)
     write_split_csv(table, run.split)
     return replace(config, resume=False, overwrite=True)
 
@@ -187,24 +235,45 @@ def _last_job(
     processes: Processes,
 ) -> Job:
     """Return the job that learns from all images in the way that the folds have found best."""
+    resolved = run.folds / "last.yaml"
     if processes.from_main(lambda: any(run.checkpoints.glob("step-*"))):
-        return assemble(replace(config, resume=True), run, listing, reporter, processes=processes)
-    if processes.is_main:
-        write_split_csv(table, run.split)
-    processes.wait()
-    changes: dict[str, Any] = {
-        "resume": False,
-        "scenario": Counter(fold.scenario for fold in folds).most_common(1)[0][0],
-    }
-    if not config.phases:
-        changes["epochs"] = median_low(fold.epochs for fold in folds)
-    return assemble(replace(config, **changes), run, listing, reporter, processes=processes)
+        going_on = processes.from_main(lambda: _going_on(config, run, resolved))
+        job = assemble(going_on, run, listing, reporter, processes=processes)
+    else:
+        if processes.is_main:
+            run.metrics.unlink(missing_ok=True)  # of a start that came to no save
+            write_split_csv(table, run.split)
+        processes.wait()
+        scenario = Counter(fold.scenario for fold in folds).most_common(1)[0][0]
+        changes: dict[str, Any] = {"resume": False, "scenario": scenario}
+        if scenario == "large-different":
+            changes["weights"] = None
+        if not config.phases:
+            changes["epochs"] = median_low(fold.epochs for fold in folds if fold.scenario == scenario)
+        job = assemble(replace(config, **changes), run, listing, reporter, processes=processes)
+    if processes.is_main:  # training with the config of the run repeats all of it
+        write_whole(resolved, to_yaml(job.config))
+        write_whole(run.config, to_yaml(_lasting(config)))
+    return job
+
+
+def _going_on(config: TrainConfig, run: RunFolder, resolved: Path) -> TrainConfig:
+    """Return the options of a training that was interrupted, with those that may change as they are now."""
+    return replace(
+        from_yaml(resolved),
+        data=config.data,
+        device=config.device,
+        workers=config.workers,
+        output=run.path,
+        resume=True,
+    )
 
 
 def _packed(job: Job) -> bytes:
     found, history = job.predictions["valid"], job.progress.history
     # A head that began at random is no good without an epoch.
-    epochs = max(history.best_epoch, 1) if job.plan.head_start == "random" else history.best_epoch
+    fewest = min(1, job.plan.epochs) if job.plan.head_start == "random" else 0
+    epochs = max(history.best_epoch, fewest)
     arrays = {"probabilities_NK": found.probabilities_NK, "class_indices_N": found.class_indices_N}
     texts = {"image_paths": "\0".join(found.image_paths), "epochs": str(epochs), "scenario": job.plan.scenario}
     encoded = {name: np.frombuffer(text.encode(errors="surrogateescape"), np.uint8) for name, text in texts.items()}

@@ -44,6 +44,8 @@ class Job:
     budget: Budget | None = None
     had_no_time: bool = False
     """Whether the budget does not do for an epoch."""
+    folder: Path | None = None
+    """The run to go on with after an interrupt, where it is not `run` alone."""
     held_out: Predictions | None = None
     """Of a cross-validation, which stand for those of the validation images where none are held back."""
     predictions: dict[str, Predictions] = field(default_factory=dict)
@@ -70,6 +72,12 @@ class Job:
         """
         self.close()
         freeze(self.plan, self.backbone)
+        count = self.processes.count
+        if count > 1 and self.config.batch_size < 2 * count and self.plan.epochs:
+            self.reporter.warn(
+                f"a batch of {self.config.batch_size} images leaves some of {count} processes with one or none: "
+                "BatchNorm learns no statistics from one."
+            )
         self.batches = build_batches(
             self.config,
             self.plan,

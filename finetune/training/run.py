@@ -51,7 +51,8 @@ def run_job(job: Job, reporter: Reporter, *, watchers: Sequence[Watcher] = ()) -
             job.progress.next_phase()
             job.enter_phase()
     if interruption.received is not None and job.progress.is_interrupted:
-        reporter.say(f"Interrupted; the state is saved. Go on with: finetune train --output {job.run.path} --resume")
+        folder = job.folder or job.run.path
+        reporter.say(f"Interrupted; the state is saved. Go on with: finetune train --output {folder} --resume")
         if interruption.received == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + interruption.received)

@@ -34,8 +34,8 @@ LOWER_RATES = "train with a lower --learning-rate and --trunk-learning-rate, or 
 
 def build_accelerator(device: torch.device, precision: str) -> Accelerator:
     """Return accelerate's handle on the device, the number format of the training steps and the processes."""
-    if AcceleratorState._shared_state and PartialState().num_processes == 1:
-        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier training's choices bind for good otherwise
+    if AcceleratorState._shared_state:  # an earlier training's choices bind for good otherwise
+        AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
     return Accelerator(cpu=device.type == "cpu", mixed_precision="no" if precision == "fp32" else precision)
 
 
@@ -129,6 +129,8 @@ def train_step(learner: Learner, batch: Sequence[Any] | None, *, step: int = 1) 
     if batch is None:
         learner.optimizer.zero_grad()
         outcome = Outcome()
+        if learner.accelerator.scaler is not None:  # which does not know the device before it has scaled something
+            learner.accelerator.scaler.scale(torch.zeros((), device=learner.accelerator.device))
     else:
         outcome = _learn(learner, batch, step)
     if learner.processes.count > 1:

@@ -60,6 +60,8 @@ class Interruption:
     def step_ended(self, progress: Progress) -> None:
         """Stop if a signal has come."""
         if number := self.processes.most(self.received or 0):
+            if self.received is None:
+                self.received_at = time.monotonic()
             self.received = signal.Signals(number)
             progress.stop_reason, progress.is_interrupted = f"{self.received.name} received", True
 

@@ -1,4 +1,5 @@
 import csv
+import hashlib
 import os
 import shutil
 import threading
@@ -547,3 +548,24 @@ def test_fingerprint_follows_content_not_order(data):
     assert type(table)(table.root, table.rows[::-1]).fingerprint() == table.fingerprint()
     data.image("a/1.png", 9)
     assert scan_images(list_images(data.path)).table.fingerprint() != table.fingerprint()
+
+
+def test_a_csv_in_any_order_gives_every_image_its_own_hash_and_size(data, tmp_path):
+    sizes = {"c": (9, 20), "a": (10, 21), "d": (11, 22), "b": (12, 23)}
+    for name, size in sizes.items():
+        data.add(f"{name}.png", picture_bytes(*size))
+    text = "image_path,label\n" + "".join(f"{name}.png,x{name}\n" for name in sizes)
+    table = data.add("table.csv", text)
+    rows = scan_images(list_images(table)).table.rows
+    assert [row.image_path for row in rows] == ["a.png", "b.png", "c.png", "d.png"]
+    for row in rows:
+        assert (row.width_px, row.height_px) in (sizes[row.image_path[0]], sizes[row.image_path[0]][::-1])
+        assert row.sha256 == hashlib.sha256((data.path / row.image_path).read_bytes()).hexdigest()
+
+
+def test_deep_folders_are_listed(data):
+    folder = data.path / "a"
+    deep = "/".join("d" * 300)
+    (folder / deep).mkdir(parents=True)
+    data.image(f"a/{deep}/1.png")
+    assert [row.image_path for row in list_images(data.path).rows] == [f"a/{deep}/1.png"]

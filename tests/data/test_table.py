@@ -64,6 +64,10 @@ def test_columns_are_shared_by_the_parts_of_a_table() -> None:
     seen.size_px[:] = (3, 4)
     assert {(row.width_px, row.height_px) for row in part.with_pictures(seen)} == {(3, 4)}
     assert {row.width_px for row in part} == {0}
+    backwards = rows.take(np.arange(len(rows))[::-1])
+    seen = backwards.own_pictures()
+    seen.size_px[:, 0] = np.arange(len(rows))
+    assert [row.width_px for row in backwards.with_pictures(seen)] == list(range(len(rows)))
 
 
 def test_class_indices_follow_the_label_map_whatever_the_order_of_labels() -> None:

@@ -11,6 +11,7 @@ import pytest
 from scipy.stats import t
 
 import finetune
+from finetune.config import from_yaml
 from finetune.data.table import ImageRow, ImageTable
 from finetune.errors import ConfigError, DataError, RunError
 from finetune.runs.folder import RunFolder
@@ -74,7 +75,8 @@ def test_images_of_a_group_and_copies_are_in_one_fold() -> None:
     ("rows", "message"),
     [
         ([*singles("a", 9), *singles("b", 1)], "1 classes have one image.*'b'"),
-        ([*singles("a", 2), *singles("b", 2)], "fewer than 5 images"),
+        ([*singles("a", 2), *singles("b", 2)], "no class has 5 images"),
+        ([*singles("a", 4), *singles("b", 4), *singles("c", 4)], "no class has 5 images"),
     ],
 )
 def test_too_few_images_are_refused(rows: list[ImageRow], message: str) -> None:
@@ -123,7 +125,18 @@ def test_out_of_fold_predictions_are_scored_and_a_model_learns_from_all(data: Pa
     assert read_metadata(folder.model).metrics["accuracy"] == pytest.approx(right / 43)
     assert run.classifier.predict(str(next((data / "train").rglob("*.png")))).class_name in ("blue", "green", "red")
     assert {path.name for path in folder.plots.iterdir()} == {"curves.png", "confusion.png", "samples.png"}
-    with pytest.raises(RunError, match="another number of --folds"):
+    for changes, message in (({"seed": 1}, "--seed was 0 and is 1"), ({"epochs": 3}, "--epochs")):
+        with pytest.raises(RunError, match=message):
+            finetune.train(output=run.folder, resume=True, **changes)
+    with pytest.raises(DataError, match="has learned from all"):
+        finetune.evaluate(run.folder, data)
+    assert finetune.evaluate(run.folder, data, split="all").scores.images == 43
+    assert from_yaml(folder.config).folds == 3
+    assert from_yaml(folder.config).scenario == "large-similar"
+    next((data / "train").rglob("*.png")).unlink()
+    with pytest.raises(RunError, match="not those that training began with"):
+        finetune.train(output=run.folder, resume=True)
+    with pytest.raises(RunError, match="--folds, --epochs and --phases were 3"):
         finetune.train(output=run.folder, resume=True, folds=2)
 
 

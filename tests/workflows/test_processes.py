@@ -260,7 +260,7 @@ def test_the_launcher_restarts_a_killed_job_and_it_ends_at_the_same_weights(
 
 @pytest.mark.slow
 def test_a_terminated_job_saves_its_state_and_goes_on_from_it(data: Path, tmp_path: Path, undisturbed: bytes) -> None:
-    run, ended = tmp_path / "run", _disturbed(data, tmp_path, terminate)
+    run, ended = tmp_path / "run", _disturbed(data, tmp_path, terminate, workers=1)
     assert ended.returncode != 0
     assert not (run / "model.safetensors").exists()
     found = launch(saving_often(tmp_path), "train", "--output", str(run), "--resume")
@@ -269,10 +269,24 @@ def test_a_terminated_job_saves_its_state_and_goes_on_from_it(data: Path, tmp_pa
 
 
 def _disturbed(
-    data: Path, tmp_path: Path, disturb: Callable[[subprocess.Popen[str]], None], *, restarts: int = 0
+    data: Path,
+    tmp_path: Path,
+    disturb: Callable[[subprocess.Popen[str]], None],
+    *,
+    restarts: int = 0,
+    workers: int = 0,
 ) -> subprocess.Popen[str]:
     """Train in tmp_path/run, do something to the job in the middle, and wait for its end, a minute at most."""
-    words = [saving_often(tmp_path), "train", str(data), "--output", str(tmp_path / "run"), *LONG]
+    words = [
+        saving_often(tmp_path),
+        "train",
+        str(data),
+        "--output",
+        str(tmp_path / "run"),
+        *LONG,
+        "--workers",
+        str(workers),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     with subprocess.Popen(launcher(*words, restarts=restarts), env=environment, text=True, stderr=-3) as job:
         try:
@@ -282,6 +296,33 @@ def _disturbed(
         finally:
             job.kill()
     return job
+
+
+@pytest.mark.slow
+def test_a_restarted_job_leaves_the_runs_of_others_alone(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(["train", str(data), "--output", str(run), *OPTIONS, "--epochs", "0", "--workers", "0"]) == 0
+    before = (run / "model.safetensors").read_bytes()
+    found = launch("-m", "finetune", "train", str(data), "--output", str(run), *LOOP, restarts=1)
+    assert found.returncode != 0
+    assert found.stderr.count(f"error: {run} is not empty") == 2
+    assert (run / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_one_process_under_the_launcher_is_restarted_too(data: Path, tmp_path: Path) -> None:
+    words = [saving_often(tmp_path), "train", str(data), "--output", str(tmp_path / "run"), *LONG]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    command = [word if word != "2" else "1" for word in launcher(restarts=1)] + words
+    with subprocess.Popen(command, env=environment, text=True, stderr=-3) as job:
+        try:
+            when_epochs(tmp_path / "run", 4)
+            kill_a_worker(job)
+            assert job.wait(60) == 0
+        finally:
+            job.kill()
+    epochs = [event["epoch"] for event in RunFolder(tmp_path / "run").events() if event["event"] == "epoch"]
+    assert epochs == list(range(1, 41))
 
 
 @pytest.mark.slow

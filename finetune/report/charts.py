@@ -238,13 +238,13 @@ def _plot_phases(axes: Axes, history: Mapping[str, Sequence[float]], measure: st
     axes.set_title(measure)
     for phase, colour, line in (("train", ORANGE, "--"), ("valid", BLUE, "-")):
         values = _finite(history.get(f"{phase}_{measure}", ()))
-        if len(values):
+        if np.isfinite(values).any():
             marker = "o" if len(values) <= 30 else ""
             axes.plot(
                 np.arange(1, len(values) + 1), values, line, color=colour, marker=marker, markersize=3, label=phase
             )
     values = _finite(history.get(f"valid_{measure}", ()))
-    if best_epoch is not None and best_epoch <= len(values):
+    if best_epoch and best_epoch <= len(values) and np.isfinite(values[best_epoch - 1]):
         best = values[best_epoch - 1]
         axes.axvline(best_epoch, color=FAINT, linewidth=0.8, linestyle=":")
         label = f"best: epoch {best_epoch}, {best:.3g}"

@@ -15,6 +15,7 @@ from finetune.errors import ConfigError, DivergedError, MissingExtraError, RunEr
 from finetune.runs.folder import RunFolder, hold_folder, open_run, write_whole
 from finetune.runs.reporting import Reporter, SilentReporter
 from finetune.training.assemble import assemble
+from finetune.training.job import Job
 from finetune.training.progress import Progress
 from finetune.training.run import run_job
 
@@ -118,9 +119,12 @@ def opened_study(config: TrainConfig) -> Iterator[TrainConfig]:
     """Make or open the folder of a study, `config.output`, and hold it; give the options that its trainings share.
 
     Raises:
+        ConfigError: An option makes no sense for a study.
         RunError: It holds something and `resume` is not asked for, it holds no study, or one of other options.
     """
     assert config.output is not None
+    if config.folds or config.overwrite:
+        raise ConfigError("tune takes neither --folds nor --overwrite", "name another --output, or --resume")
     study = RunFolder(config.output)
     is_there = (study.path / STUDY_FILE).exists()
     if config.resume and not is_there:
@@ -189,7 +193,7 @@ def _try(
     run = trial_folder(folder, trial.number)
     try:
         whole = replace(with_options(config, values), output=run.path, overwrite=False)
-        with open_run(run.path), closing(assemble(whole, run, listing, SilentReporter())) as job:
+        with open_run(run.path), closing(_assembled(whole, run, listing)) as job:
             run_job(job, SilentReporter(), watchers=[_Pruning(trial)])
     except TrialPruned:
         study.tell(trial, state=TrialState.PRUNED)
@@ -204,6 +208,10 @@ def _try(
     accuracy = job.progress.history.best_accuracy
     study.tell(trial, accuracy)
     return f"validation accuracy {accuracy:.1%}"
+
+
+def _assembled(config: TrainConfig, run: RunFolder, listing: Listing) -> Job:
+    return assemble(config, run, listing, SilentReporter(), began=time.monotonic())
 
 
 def _searched(config: TrainConfig, names: tuple[str, ...]) -> tuple[str, ...]:

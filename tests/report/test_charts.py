@@ -75,6 +75,14 @@ class TestCurves:
     def test_marks_the_epoch_it_is_told(self):
         assert list(panel(charts.curves_figure(HISTORY, best_epoch=4), "loss").lines[-1].get_ydata()) == [1.0]
 
+    def test_marks_nothing_where_the_start_is_best_or_nothing_is_held_back(self):
+        for history, best_epoch in ((HISTORY, 0), ({**HISTORY, "valid_loss": [float("nan")] * 4}, 4)):
+            labels = [
+                line.get_label() for line in panel(charts.curves_figure(history, best_epoch=best_epoch), "loss").lines
+            ]
+            assert not [label for label in labels if "best" in label]
+            assert ("valid" in labels) == (best_epoch == 0)
+
     def test_learning_rate_is_logarithmic_only_over_a_wide_span(self):
         assert panel(charts.curves_figure(HISTORY), "learning rate").get_yscale() == "log"
         narrow = charts.curves_figure({**HISTORY, "learning_rates": [1e-2, 5e-3]})

@@ -123,6 +123,8 @@ def test_real_scores_are_reported_after_every_epoch(data: Path, tmp_path: Path) 
     ("options", "message"),
     [
         ({"search": ("trunk-learning-rat",)}, "cannot be searched"),
+        ({"folds": 5}, "neither --folds nor --overwrite"),
+        ({"overwrite": True}, "neither --folds nor --overwrite"),
         (
             {
                 "scenario": "large-similar",

@@ -173,6 +173,7 @@ def tune(
     asked = _whole_config(data, config, options)
     listing = _listed(asked)
     folder = asked.output or next_free_folder(asked.data, "tune")
+    _require_outside(folder, asked, listing)
     with opened_study(replace(asked, output=folder)) as shared, worker_faults():
         return search_options(
             shared,
@@ -211,9 +212,12 @@ def _listed(config: TrainConfig) -> Listing:
         raise ConfigError("no DATA to train on", "name a folder or CSV of labelled images")
     listing = list_images(Path(config.data))
     require_classes(listing)
-    if config.output and Path(config.data).is_dir() and config.output.resolve().is_relative_to(listing.root.resolve()):
-        raise ConfigError(f"the run folder {config.output} lies inside DATA", "name an --output outside of it")
     return listing
+
+
+def _require_outside(output: Path, config: TrainConfig, listing: Listing) -> None:
+    if Path(config.data).is_dir() and output.resolve().is_relative_to(listing.root.resolve()):
+        raise ConfigError(f"the run folder {output} lies inside DATA", "name an --output outside of it")
 
 
 def _open(config: TrainConfig, stack: ExitStack, processes: Processes) -> tuple[TrainConfig, Listing, RunFolder]:
@@ -222,6 +226,7 @@ def _open(config: TrainConfig, stack: ExitStack, processes: Processes) -> tuple[
         config = _going_on(config, Path(folder))
     config = replace(config, output=config.output or next_free_folder(config.data, config.model))
     assert config.output is not None
+    _require_outside(config.output, config, listing)
     patience = RESTART_SECONDS if folder else 0.0
     run = stack.enter_context(
         open_run(config.output, resume=config.resume, overwrite=config.overwrite, patience_seconds=patience)

@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from finetune.advice.measure import measure
 from finetune.config import TrainConfig, from_yaml, starting_point, with_options
 from finetune.config.durations import parse_seconds
 from finetune.data.check import Diagnosis, require_classes, require_trainable
-from finetune.data.listing import Listing, list_images
+from finetune.data.listing import list_images
 from finetune.data.loaders import worker_faults
 from finetune.data.named import WrittenData, write_named
 from finetune.data.read import read_images
@@ -38,7 +38,7 @@ from finetune.report.charts import draw_rate_sweep
 from finetune.report.class_map import draw_class_map, require_new_picture
 from finetune.report.plots import write_plots
 from finetune.runs.cache_folder import clear_cache, list_cache, prune_cache  # noqa: F401 (verbs as they are)
-from finetune.runs.folder import RunFolder, next_free_folder, open_run
+from finetune.runs.folder import RunFolder, next_free_folder
 from finetune.runs.processes import (
     ALONE,
     Processes,
@@ -51,14 +51,13 @@ from finetune.runs.reporting import LoggingReporter, Reporter, SilentReporter
 from finetune.server.watch import watch_server  # noqa: F401 (a verb as it is)
 from finetune.training.assemble import assemble, seed_everything
 from finetune.training.folds import train_folds
+from finetune.training.opening import list_data, opened_run, require_outside
 from finetune.training.rate_finder import RateSweep, sweep_rates
 from finetune.training.run import run_job
 from finetune.training.study import study_images
 from finetune.training.tune import Tuning, opened_study, search_options
 
 Pathlike = str | os.PathLike[str]
-FOLDER = "run folder"  # of this job, which is to be found again after a restart
-RESTART_SECONDS = 30.0  # for which processes of a job that was killed may still hold it
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def train(
     began, asked = began or time.monotonic(), _whole_config(data, config, options)
     processes = join_processes(asked.device)
     reporter = _voice(reporter, processes)
-    with _opened_run(asked, processes) as (whole, listing, run):
+    with opened_run(asked, processes) as (whole, listing, run):
         if whole.folds:
             metrics = train_folds(whole, run, listing, reporter, processes=processes)
         else:
@@ -133,7 +132,7 @@ def find_learning_rate(
         raise ConfigError("a training that has begun keeps its rates", "look for a rate without --resume")
     if launched_count() > 1:
         raise ConfigError("the rates are swept by one process", "look for a rate without a launcher such as torchrun")
-    with _opened_run(asked, ALONE) as (whole, listing, run):
+    with opened_run(asked, ALONE) as (whole, listing, run):
         with closing(assemble(whole, run, listing, reporter, began=time.monotonic())) as job:
             sweep = sweep_rates(job.learner, job.batches.loaders, reporter=reporter)
         run.record("rate_sweep", asdict(sweep))
@@ -171,9 +170,9 @@ def tune(
         raise ConfigError("a search trains in one process", "tune without a launcher such as torchrun")
     deadline = time.monotonic() + parse_seconds(timeout) if timeout else math.inf
     asked = _whole_config(data, config, options)
-    listing = _listed(asked)
+    listing = list_data(asked)
     folder = asked.output or next_free_folder(asked.data, "tune")
-    _require_outside(folder, asked, listing)
+    require_outside(folder, asked, listing)
     with opened_study(replace(asked, output=folder)) as shared, worker_faults():
         return search_options(
             shared,
@@ -197,52 +196,6 @@ def _whole_config(data: Pathlike | None, config: TrainConfig | None, options: di
 
 def _voice(reporter: Reporter | None, processes: Processes) -> Reporter:
     return reporter or LoggingReporter() if processes.is_main else SilentReporter()
-
-
-@contextmanager
-def _opened_run(config: TrainConfig, processes: Processes) -> Iterator[tuple[TrainConfig, Listing, RunFolder]]:
-    """List the images and open the run folder, named in the config then, while the main process writes to it."""
-    with ExitStack() as stack, worker_faults(), peer_faults():
-        yield processes.from_main(lambda: _open(config, stack, processes))
-
-
-def _listed(config: TrainConfig) -> Listing:
-    """List the images to learn from: the first to be done, before anything is made or emptied for them."""
-    if not config.data:
-        raise ConfigError("no DATA to train on", "name a folder or CSV of labelled images")
-    listing = list_images(Path(config.data))
-    require_classes(listing)
-    return listing
-
-
-def _require_outside(output: Path, config: TrainConfig, listing: Listing) -> None:
-    if Path(config.data).is_dir() and output.resolve().is_relative_to(listing.root.resolve()):
-        raise ConfigError(f"the run folder {output} lies inside DATA", "name an --output outside of it")
-
-
-def _open(config: TrainConfig, stack: ExitStack, processes: Processes) -> tuple[TrainConfig, Listing, RunFolder]:
-    listing = _listed(config)
-    if folder := processes.recall(FOLDER):
-        config = _going_on(config, Path(folder))
-    config = replace(config, output=config.output or next_free_folder(config.data, config.model))
-    assert config.output is not None
-    _require_outside(config.output, config, listing)
-    patience = RESTART_SECONDS if folder else 0.0
-    run = stack.enter_context(
-        open_run(config.output, resume=config.resume, overwrite=config.overwrite, patience_seconds=patience)
-    )
-    processes.remember(FOLDER, str(config.output))
-    return config, listing, run
-
-
-def _going_on(config: TrainConfig, folder: Path) -> TrainConfig:
-    """Return the config with which a job goes on that had `folder` before its launcher restarted it."""
-    if config.resume:
-        return config
-    run = RunFolder(folder)
-    if any(run.checkpoints.glob("step-*")) or run.folds.is_dir():
-        return replace(from_yaml(run.config), output=folder, resume=True)
-    return replace(config, output=folder, overwrite=True)
 
 
 def load(path: Pathlike, *, device: str = "auto") -> Classifier:

@@ -1,6 +1,6 @@
 """Where the batches of a training come from: files, pictures in memory or on disk, or what frozen layers gave once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +22,14 @@ from finetune.data.pixels import can_hold, hold_pixels
 from finetune.data.table import ImageTable
 from finetune.evaluation.infer import probabilities_of
 from finetune.features.cache import View
-from finetune.features.cut import cut_model
+from finetune.features.cut import Cut, cut_model
 from finetune.features.trunk import boundary_trunk
 from finetune.models.device import resolve_precision
 from finetune.models.initialize import Backbone
 from finetune.runs.processes import Processes
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
-from finetune.training.boundary import activation_datasets
+from finetune.training.boundary import ActivationDataset, activation_datasets
 from finetune.training.plan import Plan
 
 
@@ -73,23 +73,44 @@ def build_batches(
         ImageError, DataError: A file can no longer be read, or has changed.
     """
     if plan.boundary_cache:
-        frozen = len(plan.frozen_stages)
-        cut = cut_model(backbone.module, backbone.stages, frozen)
+        precision = resolve_precision(config.precision, device, backbone.module)
+        cut = cut_model(backbone.module, backbone.stages, len(plan.frozen_stages))
         datasets = activation_datasets(
-            boundary_trunk(backbone, cut, frozen),
+            boundary_trunk(backbone, cut, len(plan.frozen_stages)),
             table,
             label_map,
             views=[View(augmentation=config.augmentation, seed=config.seed, number=n) for n in range(plan.views)],
-            precision=resolve_precision(config.precision, device, backbone.module),
+            precision=precision,
             processes=processes,
             reporter=reporter,
         )
-        loaders = {
-            split: evaluation_loader(data, batch_size=config.batch_size, processes=processes)
-            for split, data in datasets.items()
-        }
-        loaders["train"] = _training_loader(config, datasets["train"], workers=0, processes=processes)
-        return Batches(loaders=loaders, model=cut.rest, workers=0)
+        return _kept_batches(config, cut, datasets, processes=processes)
+    return _image_batches(config, plan, backbone, table, label_map, device=device, processes=processes)
+
+
+def _kept_batches(
+    config: TrainConfig, cut: Cut, datasets: Mapping[str, ActivationDataset], *, processes: Processes
+) -> Batches:
+    """Load what frozen layers gave."""
+    loaders: dict[str, DataLoader[Any]] = {
+        split: evaluation_loader(data, batch_size=config.batch_size, processes=processes)
+        for split, data in datasets.items()
+    }
+    loaders["train"] = _training_loader(config, datasets["train"], workers=0, processes=processes)
+    return Batches(loaders=loaders, model=cut.rest, workers=0)
+
+
+def _image_batches(
+    config: TrainConfig,
+    plan: Plan,
+    backbone: Backbone,
+    table: ImageTable,
+    label_map: LabelMap,
+    *,
+    device: torch.device,
+    processes: Processes,
+) -> Batches:
+    """Load images: out of memory where all are tiny, else from the disk."""
     spec, train = backbone.input_spec, table.select("train")
     is_held = can_hold(table, spec, config.augmentation) and not config.random_erasing
     pixels = hold_pixels(table, spec) if is_held else None

@@ -5,11 +5,10 @@ leave this file, and no pixel is decoded before the size in the header has been 
 """
 
 import os
-import re
 import stat
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,55 +21,14 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
+from finetune.data.formats import ALLOWED, FOREIGN, HAS_END, SNIFFED_BYTES, format_of
 from finetune.data.jpeg import decode_jpeg, reduce_jpeg
+from finetune.data.shards import packed_state, read_packed
 from finetune.errors import FinetuneError, ImageError, ImageFault
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]
 
-# fmt: off
-IMAGE_EXTENSIONS = frozenset({
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
-    ".ppm", ".pgm", ".pbm", ".pnm",
-})
-# fmt: on
-"""Extensions, in lower case, of the formats that are read."""
-
-_ALLOWED = {
-    "JPEG": rb"\xff\xd8\xff",
-    "PNG": rb"\x89PNG\r\n\x1a\n",
-    "WEBP": rb"RIFF....WEBP",
-    "BMP": rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",
-    "GIF": rb"GIF8[79]a",
-    "TIFF": rb"II[*+]\0|MM\0[*+]",
-    "PPM": rb"P[1-6]\s(?:\s|#[^\n]*\n)*\d",
-}
-_FOREIGN = {
-    "PDF": rb"%PDF-",
-    "SVG or XML": rb"(?:\xef\xbb\xbf)?\s*<(?:\?xml|svg|!DOCTYPE svg)",
-    "HEIC or AVIF": rb"....ftyp(?:hei|hev|mif|msf|avi)",
-    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
-    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
-    "Photoshop": rb"8BPS",
-    "EPS or PostScript": rb"%!PS|\xc5\xd0\xd3\xc6",
-    "ICO": rb"\0\0[\1\2]\0",
-    "DDS": rb"DDS ",
-    "OpenEXR": rb"\x76\x2f\x31\x01",
-    "Radiance HDR": rb"#\?RADIANCE",
-    "QOI": rb"qoif",
-    "DICOM": rb".{128}DICM",
-    "FITS": rb"SIMPLE  =",
-    "MP4 or QuickTime": rb"....ftyp",
-}
-_SNIFFED_BYTES = 256
-_HAS_END: dict[str, Callable[[bytes], bool]] = {
-    "JPEG": lambda data: b"\xff\xd9" in data[-1024:],
-    "PNG": lambda data: b"IEND" in data[-1024:],
-    "WEBP": lambda data: len(data) >= 8 + int.from_bytes(data[4:8], "little"),
-    "BMP": lambda data: len(data) >= int.from_bytes(data[2:6], "little"),
-    "GIF": lambda data: data.rstrip(b"\0").endswith(b";"),
-    "TIFF": lambda data: len(data) > int.from_bytes(data[4:8], "little" if data[:2] == b"II" else "big"),
-}
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -164,14 +122,20 @@ def image_size(data: bytes, *, limits: Limits = DEFAULT_LIMITS, name: str = "ima
 
 
 def read_image_file(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -> bytes:
-    """Read a file whole; what is no regular file is never opened, since opening a named pipe would wait forever.
+    """Read a file, or a picture in a shard, whole.
+
+    What is no regular file is never opened, since opening a named pipe would wait forever.
 
     Raises:
         ImageError: with the reason `missing`, `permission`, `not_a_file`, `empty` or `too_large`.
     """
     name = os.fspath(path)
     try:
-        status = Path(path).stat()
+        try:
+            status = Path(path).stat()
+        except NotADirectoryError:  # a file has the place of a folder: a shard
+            _check_file_size(packed_state(name)[0], limits, name)
+            return read_packed(name)
         if not stat.S_ISREG(status.st_mode):
             raise ImageError("not_a_file", "a folder, pipe or device, not a regular file", name)
         _check_file_size(status.st_size, limits, name)
@@ -185,18 +149,17 @@ def read_image_file(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LI
         raise ImageError("missing", detail, name) from error
 
 
-def looks_like_image(path: Path | str) -> bool:
-    """Tell whether a file may be an image of an allowed format: by its extension, or else by its first bytes."""
-    if os.path.splitext(path)[1].lower() in IMAGE_EXTENSIONS:  # noqa: PTH122 (there may be a million)
-        return True
-    path = Path(path)
+def file_state(path: str) -> tuple[int, int]:
+    """Return the size in bytes of a file, or of a picture in a shard, and when it was last changed, in nanoseconds.
+
+    Raises:
+        OSError, ValueError: There is no such file.
+    """
     try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            return _format_of(file.read(_SNIFFED_BYTES), _ALLOWED) is not None
-    except OSError:
-        return False
+        status = os.stat(path)  # noqa: PTH116 (there may be a million)
+    except NotADirectoryError:
+        return packed_state(path)
+    return status.st_size, status.st_mtime_ns
 
 
 def perceptual_hash(image_HWC: Pixels) -> int | None:
@@ -234,7 +197,7 @@ def _name_of(source: ImageSource) -> str:
 def _opened(data: bytes, limits: Limits, name: str) -> Image.Image:
     """Open the bytes of a file without decoding pixels, refusing what the header already rules out."""
     _check_file_size(len(data), limits, name)
-    image = Image.open(BytesIO(data), formats=tuple(_ALLOWED))
+    image = Image.open(BytesIO(data), formats=tuple(ALLOWED))
     _check_header(image, limits, name)
     if image.format == "PNG":
         # Pillow skips the checksums of pixel chunks when it loads; `verify` checks them, and uses the image up.
@@ -355,19 +318,15 @@ def _fault(error: Exception, data: bytes | None) -> tuple[ImageFault, str]:
     detail = "its header makes no sense" if isinstance(error, UnidentifiedImageError) else repr(error)
     if data is None:
         return "corrupt", detail
-    start = data[:_SNIFFED_BYTES]
-    if (known := _format_of(start, _ALLOWED)) is not None:
-        has_end = _HAS_END.get(known)
+    start = data[:SNIFFED_BYTES]
+    if (known := format_of(start, ALLOWED)) is not None:
+        has_end = HAS_END.get(known)
         if "truncated" in detail.lower() or isinstance(error, EOFError) or (has_end and not has_end(data)):
             return "truncated", f"the {known} file ends too early"
         return "corrupt", f"the {known} file cannot be decoded: {detail}"
-    if (foreign := _format_of(start, _FOREIGN)) is not None:
-        return "format_not_allowed", f"{foreign} is not read; convert it to one of {', '.join(_ALLOWED)}"
+    if (foreign := format_of(start, FOREIGN)) is not None:
+        return "format_not_allowed", f"{foreign} is not read; convert it to one of {', '.join(ALLOWED)}"
     return "not_an_image", "its first bytes are those of no known image format"
-
-
-def _format_of(start: bytes, magic: Mapping[str, bytes]) -> str | None:
-    return next((name for name, pattern in magic.items() if re.match(pattern, start, re.DOTALL)), None)
 
 
 class _QuietPillow:

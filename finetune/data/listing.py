@@ -3,27 +3,21 @@
 import os
 import stat
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
 from finetune.data.csv_files import read_csv
-from finetune.data.decode import looks_like_image
-from finetune.data.table import ImageRow, ImageTable, Rows, Split, sort_by_path
+from finetune.data.formats import looks_like_image
+from finetune.data.shards import find_shards, list_shards, missing_shards
+from finetune.data.table import SPLIT_NAMES, ImageRow, ImageTable, Rows, Split, sort_by_path
 from finetune.errors import DataError, first_ten, nearest
 
 LAYOUTS_HINT = (
-    "give a folder DATA/CLASS/image.jpg, a folder DATA/{train,valid,test}/CLASS/image.jpg, "
-    "or a CSV file with the columns image_path,label[,split][,group]"
+    "give a folder DATA/CLASS/image.jpg, a folder DATA/{train,valid,test}/CLASS/image.jpg, a CSV file with the columns "
+    "image_path,label[,split][,group], or a folder of shards DATA/{train,valid,test}-000000.tar"
 )
-_SPLIT_NAMES: dict[str, Split] = {
-    "train": "train",
-    "valid": "valid",
-    "val": "valid",
-    "validation": "valid",
-    "test": "test",
-}
 _CLUTTER = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
 
 
@@ -56,7 +50,7 @@ def list_images(data: Path) -> Listing:
     twice within a class.
 
     Args:
-        data: a folder of class folders, a folder of split folders of class folders, or a CSV file.
+        data: a folder of class folders, a folder of split folders of class folders, a folder of shards, or a CSV file.
 
     Returns:
         The listing, its rows sorted by image path.
@@ -78,7 +72,9 @@ def list_images(data: Path) -> Listing:
 def _list_folder(root: Path) -> Listing:
     walk = _Walk(root)
     folders, loose = walk.children(root)
-    splits = {folder: _SPLIT_NAMES[folder.name.lower()] for folder in folders if folder.name.lower() in _SPLIT_NAMES}
+    if shards := find_shards(loose):
+        return _list_shards(root, shards, folders, loose)
+    splits = {folder: SPLIT_NAMES[folder.name.lower()] for folder in folders if folder.name.lower() in SPLIT_NAMES}
     # A class may be called "train"; a split is told by the class folders inside it.
     if any(walk.children(folder)[0] for folder in splits):
         _check_one_folder_a_split(root, splits)
@@ -100,6 +96,18 @@ def _list_folder(root: Path) -> Listing:
         ignored_files=tuple(sorted(walk.ignored_files + loose)),
         problems=tuple(dict.fromkeys(walk.problems)),
     )
+
+
+def _list_shards(root: Path, shards: Mapping[Path, Split], folders: list[Path], loose: list[Path]) -> Listing:
+    rows, problems = list_shards(shards), []
+    if not rows:
+        raise DataError(f"the shards in {root} hold no images", hint=LAYOUTS_HINT)
+    if folders:
+        problems.append(f"not entered, because they lie beside shards: {first_ten(folder.name for folder in folders)}")
+    if missing := missing_shards(shards):
+        problems.append(f"shards are missing from the sequence: {first_ten(missing)}")
+    ignored = tuple(file for file in loose if file not in shards)
+    return Listing(root=root, rows=sort_by_path(rows), ignored_files=ignored, problems=tuple(problems))
 
 
 def _check_one_folder_a_split(root: Path, splits: dict[Path, Split]) -> None:
@@ -220,11 +228,11 @@ def _csv_row(values: dict[str, str], root: Path) -> tuple[ImageRow, list[str]]:
     label, split, group = (values.get(column, "").strip() for column in ("label", "split", "group"))
     if not label:
         faults.append("label is empty")
-    if split and split.lower() not in _SPLIT_NAMES:
-        faults.append(f"unknown split {split!r}, {nearest(split, list(_SPLIT_NAMES))}")
+    if split and split.lower() not in SPLIT_NAMES:
+        faults.append(f"unknown split {split!r}, {nearest(split, list(SPLIT_NAMES))}")
     return (
         ImageRow(
-            image_path=image_path.as_posix(), label=label, split=_SPLIT_NAMES.get(split.lower()), group=group or None
+            image_path=image_path.as_posix(), label=label, split=SPLIT_NAMES.get(split.lower()), group=group or None
         ),
         faults,
     )

@@ -1,10 +1,8 @@
 """What a look at each file of a data folder found: by columns, and kept on disk so that no file is looked at twice."""
 
-import contextlib
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
+from finetune.data.array_file import read_arrays, write_arrays
 from finetune.data.table import Pictures
 from finetune.errors import ImageFault
 from finetune.runs.cache_folder import is_inside
@@ -140,13 +139,14 @@ def looks_file(cache_folder: Path, root: Path) -> Path | None:
 def read_looks(path: Path) -> Looks:
     """Return the looks kept in `path`, none where it is absent or corrupt: looking again is all that costs."""
     expected = Looks.empty([])
+    names = [f"column{number}" for number in range(len(expected.columns()))]
+    kept = read_arrays(path, [*names, "format", "details"])
+    if kept is None or kept["format"] != FORMAT_NUMBER:
+        return expected
+    columns = [kept[name] for name in names]
     try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            if file["format"] != FORMAT_NUMBER:
-                return expected
-            columns = [file[f"column{number}"] for number in range(len(expected.columns()))]
-            details = {int(place): str(detail) for place, detail in json.loads(file["details"].tobytes()).items()}
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, RuntimeError, TypeError, zipfile.BadZipFile):
+        details = {int(place): str(detail) for place, detail in json.loads(kept["details"].tobytes()).items()}
+    except (ValueError, AttributeError):
         return expected
     is_alike = (
         column.dtype == own.dtype and column.shape[1:] == own.shape[1:] and len(column) == len(columns[0])
@@ -164,13 +164,6 @@ def write_looks(path: Path, known: Looks, fresh: Looks) -> None:
     # The first of each key stays, and that is the fresh one.
     _, firsts = np.unique(whole.keys.view("V16").ravel(), return_index=True)
     kept = whole.take(firsts[np.argsort(whole.keys[firsts, 0], kind="stable")])
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        arrays: dict[str, Any] = {f"column{number}": column for number, column in enumerate(kept.columns())}
-        details = np.frombuffer(json.dumps(kept.details).encode(), np.uint8)
-        with temporary.open("wb") as file:
-            np.savez(file, format=np.array(FORMAT_NUMBER), details=details, **arrays)
-        temporary.replace(path)
-    with contextlib.suppress(OSError):
-        temporary.unlink(missing_ok=True)
+    details = np.frombuffer(json.dumps(kept.details).encode(), np.uint8)
+    columns = {f"column{number}": column for number, column in enumerate(kept.columns())}
+    write_arrays(path, {"format": np.array(FORMAT_NUMBER), "details": details, **columns})

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from finetune.data.csv_files import write_csv
-from finetune.data.decode import Pixels, decode_image, image_size, perceptual_hash, read_image_file
+from finetune.data.decode import Pixels, decode_image, file_state, image_size, perceptual_hash, read_image_file
 from finetune.data.listing import Listing
 from finetune.data.looks import FAULTS, Look, Looks, Stamp, in_turn, looks_file, read_looks, write_looks
 from finetune.data.table import SPLITS, ImageRow, ImageTable, Split
@@ -167,8 +167,8 @@ def _look_at(
 ) -> tuple[Look | None, Any]:
     """Decode the file at `path` and return what an onlooker made of it too; None if it is as it was `before`."""
     try:
-        status = os.stat(path)  # noqa: PTH116 - before reading, so that a change in between shows up in the next scan
-        stamp = Stamp(status.st_size, min(status.st_mtime_ns, LATEST_NS), short_side_px)
+        size_bytes, mtime_ns = file_state(path)  # before reading, so that a change in between shows in the next scan
+        stamp = Stamp(size_bytes, min(mtime_ns, LATEST_NS), short_side_px)
     except (OSError, ValueError):
         stamp = Stamp(short_side_px=short_side_px)
     if stamp == before:

@@ -18,6 +18,14 @@ from finetune.runs.records import LabelMap
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+SPLIT_NAMES: dict[str, Split] = {
+    "train": "train",
+    "valid": "valid",
+    "val": "valid",
+    "validation": "valid",
+    "test": "test",
+}
+"""What people call them."""
 HASH_BYTES = 32
 FOREIGN_BYTES = "surrogateescape"  # file names need not be UTF-8: their bytes go out as they came in
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from finetune.data.decode import decode_image, looks_like_image
+from finetune.data.decode import decode_image
+from finetune.data.formats import looks_like_image
 from finetune.data.transforms import to_tensor
 from finetune.errors import ImageError, PredictionInputError
 from finetune.prediction.classifier import Classifier

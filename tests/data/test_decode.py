@@ -21,9 +21,9 @@ from finetune.data.decode import (
     Limits,
     decode_image,
     image_size,
-    looks_like_image,
     perceptual_hash,
 )
+from finetune.data.formats import looks_like_image
 from finetune.errors import ImageError
 
 TURNS = Image.Transpose

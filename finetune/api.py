@@ -26,7 +26,7 @@ from finetune.features.extract import TrunkPass
 from finetune.features.trunk import pooled_trunk
 from finetune.models import catalog
 from finetune.models.anatomy import Anatomy, inspect_network
-from finetune.models.device import resolve_device
+from finetune.models.device import deterministic_algorithms, resolve_device
 from finetune.models.freezing import freeze_stages
 from finetune.models.initialize import build_as_published, build_backbone
 from finetune.models.stages import find_stages
@@ -97,7 +97,10 @@ def train(
     began, asked = began or time.monotonic(), _whole_config(data, config, options)
     processes = join_processes(asked.device)
     reporter = _voice(reporter, processes)
-    with opened_run(asked, processes) as (whole, listing, run):
+    with (
+        opened_run(asked, processes) as (whole, listing, run),
+        deterministic_algorithms(is_asked=whole.deterministic),
+    ):
         if whole.folds:
             metrics = train_folds(whole, run, listing, reporter, processes=processes)
         else:
@@ -132,7 +135,7 @@ def find_learning_rate(
         raise ConfigError("a training that has begun keeps its rates", "look for a rate without --resume")
     if launched_count() > 1:
         raise ConfigError("the rates are swept by one process", "look for a rate without a launcher such as torchrun")
-    with opened_run(asked, ALONE) as (whole, listing, run):
+    with opened_run(asked, ALONE) as (whole, listing, run), deterministic_algorithms(is_asked=whole.deterministic):
         with closing(assemble(whole, run, listing, reporter, began=time.monotonic())) as job:
             sweep = sweep_rates(job.learner, job.batches.loaders, reporter=reporter)
         run.record("rate_sweep", asdict(sweep))
@@ -173,7 +176,11 @@ def tune(
     listing = list_data(asked)
     folder = asked.output or next_free_folder(asked.data, "tune")
     require_outside(folder, asked, listing)
-    with opened_study(replace(asked, output=folder)) as shared, worker_faults():
+    with (
+        opened_study(replace(asked, output=folder)) as shared,
+        worker_faults(),
+        deterministic_algorithms(is_asked=shared.deterministic),
+    ):
         return search_options(
             shared,
             folder,

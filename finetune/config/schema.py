@@ -148,6 +148,12 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the forward pass; auto is bf16 where that is faster: on most GPUs, and on a processor with
     instructions for it for large networks without depthwise convolutions."""
+    sync_batch_norm: bool = False
+    """Of several processes: let BatchNorm learn from the images that all of them have of a batch, instead of their own.
+    It talks in every layer, which takes time; a gradient accumulation is no longer doubled by itself."""
+    deterministic: bool = False
+    """Compute with deterministic algorithms alone, and decide nothing by the clock: the same command gives the same
+    bits again on this machine, which a processor gives anyway where nothing was measured. A GPU is slower by it."""
     workers: int | Auto = "auto"
     """Processes that decode images; auto measures which number is fastest, 0 decodes in the training process.
     Each of several processes has as many."""
@@ -200,6 +206,7 @@ class TrainConfig:
             "knn": bool(self.phases)
             and not self.resume
             and (self.epochs != "auto" or self.feature_extract or self.head == "knn"),
+            "--deterministic decides nothing by the clock, --budget does": self.deterministic and bool(self.budget),
             "--resume and --overwrite exclude each other": self.resume and self.overwrite,
             "--label-smoothing needs --head logits and --loss cross-entropy": self.label_smoothing > 0
             and (self.head != "logits" or self.loss == "hinge"),

@@ -1,6 +1,9 @@
 """The device that a name means on this machine."""
 
 import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -67,6 +70,33 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the top of the heap is not given back
+
+
+@contextmanager
+def deterministic_algorithms(*, is_asked: bool) -> Iterator[None]:
+    """Let torch compute with deterministic algorithms alone for a while, if that `is_asked`.
+
+    Raises:
+        ConfigError: A layer has none on its device.
+    """
+    if not is_asked:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise ConfigError(
+            f"--deterministic: {str(error).split('. ')[0]}", "train without it, on --device cpu, or another --model"
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 def as_inputs(

@@ -137,6 +137,16 @@ class Processes:
             for tensor in tensors:
                 distributed.broadcast(tensor, src=0)
 
+    def stack(self, tensor: "torch.Tensor") -> "torch.Tensor":
+        """Return the `tensor` of every process, (count, …), where it lies."""
+        if self.count == 1:
+            return tensor[None]
+        from torch import distributed
+
+        stacked = tensor.new_empty(self.count * tensor.numel())
+        distributed.all_gather_into_tensor(stacked, tensor.flatten())
+        return stacked.view(self.count, *tensor.shape)
+
     def sum(self, tensor: "torch.Tensor") -> None:
         """Add up `tensor` over all processes, in place, where it lies."""
         if self.count > 1:

@@ -115,7 +115,8 @@ def weigh_boundary(
     take more time to read than to compute, or more of the disk than the cache may have.
 
     Args:
-        config: Asks for "always" or "never", or leaves it to the measurement.
+        config: Asks for "always" or "never", or leaves it to the measurement, of which there is none where all is to be
+            deterministic.
         plan: Says which stages are frozen, and for how many epochs.
         backbone: Is measured on the first images.
         table: The training images.
@@ -131,6 +132,8 @@ def weigh_boundary(
         return plan
     if frozen == len(backbone.stages) - 1:
         return replace(plan, boundary_cache=True, views=0 if config.views == "auto" else config.views)
+    if config.deterministic and config.boundary_cache == "auto":
+        return plan
     try:
         costs = measure_costs(cut_model(backbone.module, backbone.stages, frozen), backbone, table)
     except ModelError as error:

@@ -17,6 +17,7 @@ from finetune.training.objectives import balanced_class_weights, build_criterion
 from finetune.training.plan import Plan
 from finetune.training.schedules import build_schedule
 from finetune.training.step import Learner, build_accelerator
+from finetune.training.sync_norm import SharedStatistics
 
 
 def freeze(plan: Plan, backbone: Backbone) -> None:
@@ -37,12 +38,13 @@ def build_learner(
     reporter: Reporter,
 ) -> Learner:
     """Build what learns from `batches` as `plan` says."""
-    optimizer = _optimizer(config, plan, backbone)
+    optimizer, train_loader = _optimizer(config, plan, backbone), batches.loaders["train"]
+    is_shared = config.sync_batch_norm and processes.count > 1 and plan.batch_norm == "train"
     schedule = build_schedule(
         optimizer,
         config.schedule,
         epochs=plan.epochs,
-        steps_per_epoch=len(batches.loaders["train"]),
+        steps_per_epoch=len(train_loader),
         warmup_epochs=config.warmup_epochs,
         step_epochs=config.step_epochs,
         step_factor=config.step_factor,
@@ -51,7 +53,7 @@ def build_learner(
     if plan.head_start != "neighbours":
         class_count = head_module(backbone.module).weight.shape[0]
         if config.imbalance == "class-weights":
-            class_indices_N = torch.tensor(batches.loaders["train"].dataset.class_indices)  # type: ignore[attr-defined]
+            class_indices_N = torch.tensor(train_loader.dataset.class_indices)  # type: ignore[attr-defined]
             class_weights_K = balanced_class_weights(torch.bincount(class_indices_N, minlength=class_count)).to(device)
         if config.mixup or config.cutmix:
             mix = Mix(mixup=config.mixup, cutmix=config.cutmix, class_count=class_count, seed=config.seed)
@@ -71,6 +73,8 @@ def build_learner(
         keeps_start=config.averaging == "ends",
         parts=config.gradient_accumulation,
         processes=processes,
+        shared_statistics=SharedStatistics(processes) if is_shared else None,
+        sample=lambda: train_loader.collate_fn([train_loader.dataset[(0, 0)]]),
         reporter=reporter,
     )
 

@@ -26,6 +26,7 @@ from finetune.training.mixing import Mix
 from finetune.training.objectives import main_output, total_loss
 from finetune.training.progress import Outcome
 from finetune.training.schedules import Schedule
+from finetune.training.sync_norm import SharedStatistics
 
 # Shapes: B batch, C channels, H height, W width, K classes.
 
@@ -47,7 +48,8 @@ class Learner:
     `finish` makes images of the drafts in a training batch, where batches hold drafts. `mix` blends images with each
     other, `average` follows the weights. With `keeps_start` the weights of the start are saved, and with
     `averages_ends` their mean with the best ones is tried in the end. A batch is computed in `parts`, whose gradients
-    are added up. Of every batch each of several `processes` computes its share; all take the step of the whole.
+    are added up. Of every batch each of several `processes` computes its share; all take the step of the whole. With
+    `shared_statistics` BatchNorm sees the batch of all of them, and who has no share computes no image like `sample`.
     """
 
     model: nn.Module
@@ -64,6 +66,8 @@ class Learner:
     averages_ends: bool = False
     parts: int = 1
     processes: Processes = ALONE
+    shared_statistics: SharedStatistics | None = None
+    sample: Callable[[], Sequence[Any]] | None = None
     reporter: Reporter = field(default_factory=LoggingReporter)
 
     def __post_init__(self) -> None:
@@ -126,13 +130,15 @@ def train_step(learner: Learner, batch: Sequence[Any] | None, *, step: int = 1) 
         DivergedError: Loss or gradient is not finite; nothing was changed.
         RuntimeError: The memory does not suffice for a single image.
     """
-    if batch is None:
+    if batch is not None:
+        outcome = _learn(learner, batch, step)
+    elif learner.shared_statistics:
+        outcome = _learn_nothing(learner, step)
+    else:
         learner.optimizer.zero_grad()
         outcome = Outcome()
         if learner.accelerator.scaler is not None:  # which does not know the device before it has scaled something
             learner.accelerator.scaler.scale(torch.zeros((), device=learner.accelerator.device))
-    else:
-        outcome = _learn(learner, batch, step)
     if learner.processes.count > 1:
         outcome = _join_shares(learner, outcome)
     parameters = learner.learning_parameters()
@@ -160,10 +166,19 @@ def _learn(learner: Learner, batch: Sequence[Any], step: int) -> Outcome:
         try:
             return _add_gradients(learner, inputs, targets, batch, step)
         except RuntimeError as error:
-            if not should_reduce_batch_size(error) or learner.parts >= len(class_indices_B):
+            is_in_step = learner.shared_statistics is not None  # with others that would wait for a part of their own
+            if not should_reduce_batch_size(error) or learner.parts >= len(class_indices_B) or is_in_step:
                 raise
         restore()
         _halve_parts(learner)  # here, where the failed attempt's tensors are gone
+
+
+def _learn_nothing(learner: Learner, step: int) -> Outcome:
+    """Go through the network with the others, without an image."""
+    assert learner.sample is not None
+    batch = next(learner.placed([learner.sample()]))
+    inputs = as_inputs(learner.finish(batch[0]) if learner.finish else batch[0])
+    return _add_gradients(learner, tuple(tensor[:0] for tensor in inputs), batch[1][:0], batch, step)
 
 
 def _join_shares(learner: Learner, own: Outcome) -> Outcome:
@@ -181,10 +196,10 @@ def _join_shares(learner: Learner, own: Outcome) -> Outcome:
     counts = torch.tensor(
         [own.loss * own.weight, own.right, own.images, own.weight, *is_used], device=learner.accelerator.device
     )
-    weighted = [tensor * own.weight for tensor in gradients] + [tensor * own.images for tensor in statistics]
-    joined = torch.cat([*(tensor.flatten() for tensor in weighted), counts])
+    shares = gradients + [tensor * own.images for tensor in statistics]
+    joined = torch.cat([*(tensor.flatten() for tensor in shares), counts])
     learner.processes.sum(joined)
-    *sums, counts = joined.split([*(tensor.numel() for tensor in weighted), len(counts)])
+    *sums, counts = joined.split([*(tensor.numel() for tensor in shares), len(counts)])
     loss, right, images, weight, *is_used = counts.tolist()
     for tensor, total in zip(gradients, sums, strict=False):
         tensor.copy_(total.view(tensor.shape) / weight)
@@ -198,25 +213,35 @@ def _join_shares(learner: Learner, own: Outcome) -> Outcome:
 def _add_gradients(
     learner: Learner, inputs: tuple[torch.Tensor, ...], targets: torch.Tensor, batch: Sequence[Any], step: int
 ) -> Outcome:
-    """Return what was seen of a batch; its gradient lies in the parameters then."""
+    """Return what was seen of a batch; its gradient lies in the parameters then.
+
+    It is that of the mean loss, or of the sum where several processes add theirs up before they divide.
+    """
     learner.optimizer.zero_grad()
-    parts = min(learner.parts, len(targets))
+    parts = learner.parts if learner.shared_statistics else min(learner.parts, len(targets))
     whole = _weight(learner.criterion, targets)
-    mean, right = 0.0, 0
+    divisor = whole if learner.processes.count == 1 else 1.0
+    total, right = 0.0, 0
     for *part, targets_B in zip(*(tensor.tensor_split(parts) for tensor in (*inputs, targets)), strict=True):
-        with _lone_image_guard(learner.model, len(targets_B)):
-            with learner.accelerator.autocast():
-                outputs = learner.model(*part)
-            outputs = convert_to_fp32(outputs)
-            loss = total_loss(outputs, targets_B, learner.criterion)
-        if parts > 1:
-            loss = loss * (_weight(learner.criterion, targets_B) / whole)
+        norms = learner.shared_statistics or _lone_image_guard(learner.model, len(targets_B))
+        with norms, learner.accelerator.autocast():
+            outputs = learner.model(*part)
+        outputs = convert_to_fp32(outputs)
+        share = _weight(learner.criterion, targets_B) / divisor
+        loss = total_loss(outputs, targets_B, learner.criterion) * share if share else _zero(outputs)
         _require_finite(loss, f"loss of step {step}", learner, batch)
         learner.accelerator.backward(loss)
-        mean += loss.item()
+        total += loss.item()
         indices_B = targets_B if targets_B.ndim == 1 else targets_B.argmax(dim=1)
         right += int((main_output(outputs).argmax(dim=1) == indices_B).sum())
+    mean = total * divisor / whole if whole else 0.0
     return Outcome(loss=mean, right=right, images=len(targets), weight=whole)
+
+
+def _zero(outputs: Any) -> torch.Tensor:
+    """Return the loss of no images, of which every weight has a gradient of zeros."""
+    given = outputs if isinstance(outputs, tuple) else (outputs,)
+    return torch.stack([output.sum() for output in given if output is not None]).sum()
 
 
 def _weight(criterion: nn.Module, targets: torch.Tensor) -> float:

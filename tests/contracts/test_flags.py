@@ -12,7 +12,8 @@ data output overwrite resume seed label_names valid_fraction folds allow_bad_ima
 image_size channels shuffle_pixels scenario feature_extract head_start boundary_cache views augmentation
 random_erasing mixup cutmix phases epochs budget batch_size gradient_accumulation optimizer momentum learning_rate
 trunk_learning_rate depth_ratio weight_decay schedule warmup_epochs step_epochs step_factor patience max_grad_norm
-averaging ema_decay label_smoothing loss imbalance tracker device precision workers
+averaging ema_decay label_smoothing loss imbalance tracker device precision sync_batch_norm
+deterministic workers
 """.split()  # noqa: SIM905 (one line a name would be a page)
 
 

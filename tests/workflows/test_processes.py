@@ -44,6 +44,23 @@ def launch(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
+NORM = ["--model", "timm/test_resnet", "--no-use-pretrained", "--image-size", "32", "--scenario", "large-different"]
+
+
+def test_batch_norm_of_two_processes_sees_what_that_of_one_does(data: Path, tmp_path: Path) -> None:
+    # Of 31 images the last batch is a single one: a process has none.
+    options = [*NORM, "--epochs", "2", "--batch-size", "5", "--workers", "0", "--quiet"]
+    runs = [tmp_path / "one", tmp_path / "two", tmp_path / "apart"]
+    assert main(["train", str(data), *options, "--output", str(runs[0])]) == 0
+    for run, more in ((runs[1], ["--sync-batch-norm"]), (runs[2], [])):
+        done = launch("-m", "finetune", "train", str(data), *options, *more, "--output", str(run))
+        assert done.returncode == 0, done.stderr
+    expected, found, apart = map(numbers, runs)
+    losses = [name for name in expected if "loss" in name]
+    assert {name: found[name] for name in losses} == pytest.approx({name: expected[name] for name in losses}, abs=1e-5)
+    assert any(abs(apart[name] - expected[name]) > 1e-3 for name in losses)
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     write_images(tmp_path / "data")

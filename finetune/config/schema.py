@@ -96,8 +96,9 @@ class TrainConfig:
     budget: Annotated[str, tyro.conf.arg(metavar="TIME")] = ""
     """Time that the whole run may take, such as 90s, 10m or 2h: the first steps are measured, epochs and, where that is
     "auto", image size are made to fit, and the best so far is there in time."""
-    batch_size: int = 32
-    """Images a step; 32 keeps BatchNorm's statistics usable and the memory of a laptop free."""
+    batch_size: int | Auto = 32
+    """Images a step; 32 keeps BatchNorm's statistics usable and the memory of a laptop free. auto measures whether 64,
+    or with adam and adamw 128, make an image cheaper; the default rates are for such sizes."""
     gradient_accumulation: int = 1
     """Parts that a batch is computed in, one after another, their gradients added up: less memory, the same step. Where
     the memory does not suffice it doubles by itself."""
@@ -175,7 +176,7 @@ class TrainConfig:
             f"--image-size must be 1 or more, got {self.image_size}": self.image_size != "auto" and self.image_size < 1,
             f"--views must be 0 or more, got {self.views}": self.views != "auto" and self.views < 0,
             f"--epochs must be 0 or more, got {self.epochs}": self.epochs != "auto" and self.epochs < 0,
-            f"--batch-size must be 1 or more, got {self.batch_size}": self.batch_size < 1,
+            f"--batch-size must be 1 or more, got {self.batch_size}": self.batch_size != "auto" and self.batch_size < 1,
             f"--gradient-accumulation must be 1 or more, got {self.gradient_accumulation}": self.gradient_accumulation
             < 1,
             f"--random-erasing must be 0 to 1, got {self.random_erasing}": not 0 <= self.random_erasing <= 1,
@@ -206,7 +207,8 @@ class TrainConfig:
             "knn": bool(self.phases)
             and not self.resume
             and (self.epochs != "auto" or self.feature_extract or self.head == "knn"),
-            "--deterministic decides nothing by the clock, --budget does": self.deterministic and bool(self.budget),
+            "--deterministic decides nothing by the clock, --budget and --batch-size auto do": self.deterministic
+            and (bool(self.budget) or self.batch_size == "auto"),
             "--resume and --overwrite exclude each other": self.resume and self.overwrite,
             "--label-smoothing needs --head logits and --loss cross-entropy": self.label_smoothing > 0
             and (self.head != "logits" or self.loss == "hinge"),

@@ -314,6 +314,7 @@ def _resolved(config: TrainConfig, job: Job) -> TrainConfig:
         head_start="random" if plan.head_start == "random" else "probe",
         image_size=spec.image_size_px,
         channels=spec.channels,
+        batch_size=plan.batch_size,
         optimizer=plan.optimizer,
         learning_rate=plan.learning_rate,
         trunk_learning_rate=plan.trunk_learning_rate,

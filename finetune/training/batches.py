@@ -84,19 +84,19 @@ def build_batches(
             processes=processes,
             reporter=reporter,
         )
-        return _kept_batches(config, cut, datasets, processes=processes)
+        return _kept_batches(config, plan, cut, datasets, processes=processes)
     return _image_batches(config, plan, backbone, table, label_map, device=device, processes=processes)
 
 
 def _kept_batches(
-    config: TrainConfig, cut: Cut, datasets: Mapping[str, ActivationDataset], *, processes: Processes
+    config: TrainConfig, plan: Plan, cut: Cut, datasets: Mapping[str, ActivationDataset], *, processes: Processes
 ) -> Batches:
     """Load what frozen layers gave."""
     loaders: dict[str, DataLoader[Any]] = {
-        split: evaluation_loader(data, batch_size=config.batch_size, processes=processes)
+        split: evaluation_loader(data, batch_size=plan.batch_size, processes=processes)
         for split, data in datasets.items()
     }
-    loaders["train"] = _training_loader(config, datasets["train"], workers=0, processes=processes)
+    loaders["train"] = _training_loader(config, plan, datasets["train"], workers=0, processes=processes)
     return Batches(loaders=loaders, model=cut.rest, workers=0)
 
 
@@ -133,24 +133,24 @@ def _image_batches(
         )
     workers = 0
     if pixels is None and plan.epochs:
-        workers = processes.from_main(lambda: _workers(config, backbone, table, label_map, device))
+        workers = processes.from_main(lambda: _workers(config, plan, backbone, table, label_map, device))
     loaders = split_loaders(
         table,
         label_map,
         spec,
-        batch_size=config.batch_size,
+        batch_size=plan.batch_size,
         workers=workers,
         pixels=pixels,
         pictures=pictures,
         processes=processes,
     )
-    loaders["train"] = _training_loader(config, dataset, workers=workers, processes=processes)
+    loaders["train"] = _training_loader(config, plan, dataset, workers=workers, processes=processes)
     finish = dataset.finish if isinstance(dataset, ImageDataset) and dataset.is_drafting else None
     return Batches(loaders=loaders, model=backbone.module, workers=workers, pictures=pictures, finish=finish)
 
 
 def _training_loader(
-    config: TrainConfig, dataset: LabelledDataset, *, workers: int, processes: Processes
+    config: TrainConfig, plan: Plan, dataset: LabelledDataset, *, workers: int, processes: Processes
 ) -> DataLoader[Any]:
     weights_N = None
     if config.imbalance == "balanced-sampling":
@@ -158,7 +158,7 @@ def _training_loader(
         weights_N = 1.0 / torch.bincount(class_indices_N)[class_indices_N].double()
     return training_loader(
         dataset,
-        batch_size=config.batch_size,
+        batch_size=plan.batch_size,
         seed=config.seed,
         workers=workers,
         weights=weights_N,
@@ -167,7 +167,7 @@ def _training_loader(
 
 
 def _workers(
-    config: TrainConfig, backbone: Backbone, table: ImageTable, label_map: LabelMap, device: torch.device
+    config: TrainConfig, plan: Plan, backbone: Backbone, table: ImageTable, label_map: LabelMap, device: torch.device
 ) -> int:
     """Measure how many processes decode fast enough for the network, unless it was said."""
     if config.workers != "auto":
@@ -176,7 +176,7 @@ def _workers(
     backbone.module.eval()
     workers = fastest_workers(
         labelled_dataset(table.select("train"), label_map, backbone.input_spec),
-        batch_size=config.batch_size,
+        batch_size=plan.batch_size,
         consume=lambda images_BCHW: probabilities_of(backbone.module, images_BCHW, device=device),
     )
     backbone.module.train(was_training)

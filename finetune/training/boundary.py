@@ -2,15 +2,12 @@
 
 import os
 import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 
 from finetune.config.schema import TrainConfig
@@ -29,10 +26,8 @@ from finetune.runs.cache_folder import cache_folder, cache_limit_bytes, is_insid
 from finetune.runs.processes import Processes
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
-from finetune.training.objectives import main_output
 from finetune.training.plan import Plan
-
-T = TypeVar("T")
+from finetune.training.timing import compute_gradients, in_eval_mode, timed
 
 VIEWS = 4  # of each image, where it may be augmented: they cost what four epochs of the frozen layers would
 MEASURED = 16  # images that a measurement takes
@@ -72,7 +67,7 @@ class Costs:
 
 
 def measure_costs(cut: Cut, backbone: Backbone, table: ImageTable) -> Costs:
-    """Time decoding, trunk and rest on the first images of `table`, without a trace: nothing learns, draws or counts.
+    """Time decoding, trunk and rest on the first images of `table`.
 
     Raises:
         ImageError: A file can no longer be read.
@@ -84,19 +79,13 @@ def measure_costs(cut: Cut, backbone: Backbone, table: ImageTable) -> Costs:
         pictures = (to_tensor(decode_image(path, short_side_px=spec.resize_px)) for path in paths)
         return torch.stack([torch.as_tensor(transform(picture)) for picture in pictures])
 
-    decode_seconds, images_BCHW = _timed(decode, device)
+    decode_seconds, images_BCHW = timed(decode, device)
     images = as_inputs(images_BCHW, device)
-    modes = {module: module.training for module in cut.rest.modules()}
-    cut.rest.eval()  # no statistics move, no dropout draws
-    try:
+    with in_eval_mode(cut.rest):
         cut.trunk(*images)
-        trunk_seconds, crossing = _timed(lambda: cut.trunk(*images), device)
-        learning = [parameter for parameter in cut.rest.parameters() if parameter.requires_grad]
-        _gradients(cut.rest, crossing, learning)
-        rest_seconds, _ = _timed(lambda: _gradients(cut.rest, crossing, learning), device)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+        trunk_seconds, crossing = timed(lambda: cut.trunk(*images), device)
+        compute_gradients(cut.rest, crossing)
+        rest_seconds, _ = timed(lambda: compute_gradients(cut.rest, crossing), device)
     count = len(images[0])
     return Costs(
         decode_seconds=decode_seconds / count,
@@ -267,16 +256,3 @@ def activation_datasets(
             caches.append(trunk_pass.cache)
         datasets[split] = ActivationDataset(part, label_map, caches=caches)
     return datasets
-
-
-def _timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
-    started = time.perf_counter()
-    result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started, result
-
-
-def _gradients(rest: nn.Module, crossing: tuple[torch.Tensor, ...], learning: list[nn.Parameter]) -> None:
-    with torch.enable_grad():
-        torch.autograd.grad(main_output(rest(*crossing)).sum(), learning, allow_unused=True)

@@ -76,9 +76,9 @@ class Job:
         if count > 1 and self.plan.epochs:
             if self.config.sync_batch_norm and self.plan.batch_norm == "eval":
                 self.reporter.say("BatchNorm keeps the statistics it came with: there are none to be synchronised.")
-            elif self.config.batch_size < 2 * count and not self.config.sync_batch_norm:
+            elif self.plan.batch_size < 2 * count and not self.config.sync_batch_norm:
                 self.reporter.warn(
-                    f"a batch of {self.config.batch_size} images leaves some of {count} processes with one or none: "
+                    f"a batch of {self.plan.batch_size} images leaves some of {count} processes with one or none: "
                     "BatchNorm learns no statistics from one; --sync-batch-norm lets it see those of all."
                 )
         self.batches = build_batches(

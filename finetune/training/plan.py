@@ -14,6 +14,7 @@ EPOCHS_FINE_TUNING = (3, 10)  # fewest and most passes that make up those steps
 EPOCHS_FRESH = 30
 OWN_STATISTICS = 20_000  # training images from which BatchNorm does better with the data's own statistics
 EPOCHS_HEAD = 20
+USUAL_BATCH = 32
 DEPTH_RATIO_CNN: dict[Scenario, float] = {
     "small-similar": 1.0,
     "large-similar": 0.01,
@@ -35,6 +36,7 @@ class Plan:
     start: Literal["pretrained", "fresh"]
     head_start: Literal["probe", "neighbours", "random"]
     epochs: int
+    batch_size: int
     optimizer: Literal["adamw", "adam", "sgd"]
     learning_rate: float
     trunk_learning_rate: float
@@ -59,7 +61,7 @@ def make_plan(
     has_batch_norm: bool,
     images: int,
 ) -> Plan:
-    """Resolve the options of `config` that are "auto".
+    """Resolve the options of `config` that are "auto", the batch size to USUAL_BATCH.
 
     Args:
         config: The options as given.
@@ -86,17 +88,18 @@ def make_plan(
     depth_ratio = config.depth_ratio
     if depth_ratio == "auto":
         depth_ratio = DEPTH_RATIO_CNN[scenario] if has_batch_norm else DEPTH_RATIO[scenario]
-    epochs = config.epochs
+    epochs, batch_size = config.epochs, USUAL_BATCH if config.batch_size == "auto" else config.batch_size
     if head_start == "neighbours":
         epochs = 0
     elif epochs == "auto":
-        epochs = _epochs(scenario, head_start, math.ceil(images / config.batch_size))
+        epochs = _epochs(scenario, head_start, math.ceil(images / batch_size))
     return Plan(
         scenario=scenario,
         frozen_stages=frozen_stages,
         start="fresh" if is_fresh else "pretrained",
         head_start=head_start,
         epochs=epochs,
+        batch_size=batch_size,
         optimizer=optimizer,
         learning_rate=auto_head if config.learning_rate == "auto" else config.learning_rate,
         trunk_learning_rate=trunk,

@@ -1,6 +1,6 @@
 """Where a new training starts from: the images studied, the scenario chosen, the plan made, the head in place."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -14,7 +14,8 @@ from finetune.config.phases import parse_phases
 from finetune.config.schema import TrainConfig
 from finetune.data.table import ImageTable
 from finetune.features.extract import TrunkPass
-from finetune.models.freezing import Scenario, frozen_count
+from finetune.models.device import resolve_precision
+from finetune.models.freezing import Scenario, freeze_stages, frozen_count
 from finetune.models.heads import can_load_linear_head, head_module, load_linear_head
 from finetune.models.initialize import Backbone
 from finetune.models.neighbours import NeighbourHead, attach_neighbours, choose_neighbours
@@ -23,6 +24,7 @@ from finetune.runs.folder import RunFolder, write_whole
 from finetune.runs.processes import Processes
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
+from finetune.training.batch_size import fastest_batch_size
 from finetune.training.boundary import weigh_boundary
 from finetune.training.objectives import balanced_class_weights
 from finetune.training.plan import Plan, make_plan, plan_phases
@@ -83,14 +85,20 @@ def start_network(
         baselines = study.baselines
     advice = choose(evidence, requested=None if requested == "auto" else requested, has_body=has_body)
     frozen = frozen_count(advice.scenario, backbone.module, backbone.stages, images_per_class=evidence.images_per_class)
-    plan = make_plan(
-        config,
+    planned = partial(
+        make_plan,
         scenario=advice.scenario,
         frozen_stages=tuple(stage.name for stage in backbone.stages[:frozen]),
         can_solve_head=can_load_linear_head(backbone.module),
         has_batch_norm=any(isinstance(module, _BatchNorm) for module in backbone.module.modules()),
         images=len(train_N),
     )
+    plan = planned(config)
+    if config.batch_size == "auto" and (plan.epochs or config.phases):
+        freeze_stages(backbone.module, backbone.stages, frozen)
+        size = processes.from_main(lambda: _batch_size(config, backbone, plan, len(train_N), processes.count))
+        reporter.say(f"Batches of {size} images.")
+        plan = planned(replace(config, batch_size=size))
     phases = plan_phases(plan, parse_phases(config.phases), [stage.name for stage in backbone.stages])
     plans = processes.from_main(
         lambda: tuple(
@@ -110,6 +118,12 @@ def start_network(
             run.record("probe", {**study.probe.summary(), "head_start": plan.head_start})
     _tell(reporter, baselines, advice.scenario, advice.reason)
     return plans
+
+
+def _batch_size(config: TrainConfig, backbone: Backbone, plan: Plan, images: int, processes: int) -> int:
+    device = next(backbone.module.parameters()).device
+    precision = resolve_precision(config.precision, device, backbone.module)
+    return fastest_batch_size(backbone, plan, images=images, processes=processes, device=device, precision=precision)
 
 
 def _evidence(study: Study, trunk_pass: TrunkPass, backbone: Backbone) -> Evidence:

@@ -1,11 +1,11 @@
-"""Which number format "auto" means."""
+"""Which number format "auto" means, and algorithms that are deterministic."""
 
 import pytest
 import torch
 from torch import nn
 
 from finetune.errors import ConfigError
-from finetune.models.device import resolve_precision
+from finetune.models.device import deterministic_algorithms, resolve_precision
 
 CPU = torch.device("cpu")
 DENSE = nn.Sequential(nn.Conv2d(3, 512, 3), nn.ReLU(), nn.Conv2d(512, 512, 3))
@@ -42,3 +42,28 @@ def test_a_gpu_takes_bf16_where_it_has_it(has_bf16: bool, expected: str, monkeyp
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16 or including_emulation
     )
     assert resolve_precision("auto", torch.device("cuda"), DEPTHWISE) == expected
+
+
+def test_deterministic_algorithms_are_for_a_while() -> None:
+    assert not torch.are_deterministic_algorithms_enabled()
+    with deterministic_algorithms(is_asked=True):
+        assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+    with deterministic_algorithms(is_asked=False):
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_layer_that_is_not_deterministic_is_refused() -> None:
+    unpool, places = torch.nn.MaxUnpool2d(2), torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+    with (
+        pytest.raises(ConfigError, match="--deterministic: max_unpooling2d") as caught,
+        deterministic_algorithms(is_asked=True),
+    ):
+        unpool(torch.zeros(1, 1, 1, 1), places)
+    assert "--device cpu" in caught.value.hint
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_another_fault_is_left_alone() -> None:
+    with pytest.raises(RuntimeError, match="something else"), deterministic_algorithms(is_asked=True):
+        raise RuntimeError("something else")

@@ -6,7 +6,6 @@ or read. It is made beside its place under a hidden name, made durable, then ren
 
 import hashlib
 import os
-import random
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -15,16 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load, save
-from torch.optim import Optimizer
 
 from finetune.errors import RunError, StorageError
 from finetune.runs import strict_json
 from finetune.runs.folder import RunFolder, sync_folder, write_whole
 from finetune.runs.reporting import Reporter
+from finetune.training.generators import by_rank, pack_generators, unpack_generators
 from finetune.training.progress import Progress
+from finetune.training.sharding import divided_like, whole_tensor
 from finetune.training.step import Learner
 
 Tensors = dict[str, torch.Tensor]
@@ -101,8 +100,9 @@ class Checkpointer:
             StorageError: The disk has refused for the third time in a row.
         """
         started = time.monotonic()
-        generators = self.learner.processes.gather(_pack_rng())
-        refusal = self.learner.processes.from_main(lambda: self._refusal(progress, generators))
+        self.learner.collect()
+        generators, optimizer = self.learner.processes.gather(pack_generators()), _pack_optimizer(self.learner)
+        refusal = self.learner.processes.from_main(lambda: self._refusal(progress, generators, optimizer))
         if refusal:
             self.failures += 1
             if self.failures >= FAILURES_BORNE:
@@ -116,10 +116,17 @@ class Checkpointer:
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - started
 
-    def _refusal(self, progress: Progress, generators: Sequence[Tensors]) -> str:
+    def _refusal(self, progress: Progress, generators: Sequence[Tensors], optimizer: Tensors) -> str:
         """Write one save and return why the disk refused it, nothing if it did not."""
         try:
-            write_state(self.run, self.learner, progress, identity=self.identity, generators=generators)
+            write_state(
+                self.run,
+                self.learner,
+                progress,
+                identity=self.identity,
+                generators=generators,
+                optimizer_tensors=optimizer,
+            )
         except OSError as error:
             return str(error)
         return ""
@@ -132,27 +139,28 @@ def write_state(
     *,
     identity: Mapping[str, Any],
     generators: Sequence[Tensors] = (),
+    optimizer_tensors: Tensors | None = None,
 ) -> None:
     """Write the whole training state as one save, and prune older ones only once it is in place.
 
-    `generators` are the states of the random generators of every process, by default those of this one alone.
+    `generators` are the states of the random generators of every process, by default those of this one alone, and
+    `optimizer_tensors` what all of them have of the optimiser's.
 
     Raises:
         OSError: The disk is full or refuses; nothing that was there before is touched.
     """
     model = learner.network
-    optimizer_tensors, optimizer_groups = _pack_optimizer(learner.optimizer, model)
     files = {
         "model.safetensors": save(_packed(model.state_dict())),
-        "optimizer.safetensors": save(optimizer_tensors),
-        "rng.safetensors": save(_packed_by_rank(generators or [_pack_rng()])),
+        "optimizer.safetensors": save(_pack_optimizer(learner) if optimizer_tensors is None else optimizer_tensors),
+        "rng.safetensors": save(by_rank(generators or [pack_generators()])),
         "state.json": strict_json.dump(
             {
                 "format_number": FORMAT_NUMBER,
                 "progress": progress.to_json(),
                 "schedule": learner.schedule.state(),
                 "scaler": learner.accelerator.scaler.state_dict() if learner.accelerator.scaler else None,
-                "optimizer_groups": optimizer_groups,
+                "optimizer_groups": _named_groups(learner),
                 "parts": learner.parts,
                 "identity": dict(identity),
                 "metrics_bytes": run.metrics.stat().st_size if run.metrics.exists() else 0,
@@ -212,14 +220,16 @@ def restore_state(state: SavedState, learner: Learner, *, is_longer: bool) -> Pr
     learner.parts = state.values["parts"]
     if learner.average:
         learner.average.module.load_state_dict(state.ema)
-    _unpack_optimizer(learner.optimizer, learner.network, state.optimizer, state.values["optimizer_groups"])
+    if learner.sharded:
+        learner.sharded.spread()
+    _unpack_optimizer(learner, state.optimizer, state.values["optimizer_groups"])
     if is_longer and learner.schedule.every == "step":
         learner.schedule.catch_up(progress.global_step - progress.phase_step, first_rates)
     else:
         learner.schedule.restore(state.values["schedule"])
     if learner.accelerator.scaler is not None and state.values["scaler"]:
         learner.accelerator.scaler.load_state_dict(state.values["scaler"])
-    _unpack_rng(state.rng, rank=learner.processes.rank)
+    unpack_generators(state.rng, rank=learner.processes.rank)
     return progress
 
 
@@ -313,80 +323,43 @@ def _packed(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
-def _pack_optimizer(optimizer: Optimizer, model: torch.nn.Module) -> tuple[Tensors, list[dict[str, Any]]]:
-    """Return the state tensors as "<parameter>/<state>" and the groups with parameters by name."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    tensors = _packed(
-        {
-            f"{names[id(parameter)]}/{key}": value
-            for parameter, state in optimizer.state.items()
-            for key, value in state.items()
-            if isinstance(value, torch.Tensor)
-        }
-    )
-    groups = [
+def _pack_optimizer(learner: Learner) -> Tensors:
+    """Return to the main process the state tensors as "<parameter>/<state>"; the others add what they have of them."""
+    names = {id(parameter): name for name, parameter in learner.trained.named_parameters()}
+    tensors = {}
+    for parameter, state in learner.optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                whole = whole_tensor(value)
+                if learner.processes.is_main:
+                    tensors[f"{names[id(parameter)]}/{key}"] = whole.cpu()
+    return _packed(tensors)
+
+
+def _named_groups(learner: Learner) -> list[dict[str, Any]]:
+    """Return the optimiser's groups with parameters by name."""
+    names = {id(parameter): name for name, parameter in learner.trained.named_parameters()}
+    return [
         {key: value for key, value in group.items() if key != "params"}
         | {"params": [names[id(p)] for p in group["params"]]}
-        for group in optimizer.param_groups
+        for group in learner.optimizer.param_groups
     ]
-    return tensors, groups
 
 
-def _unpack_optimizer(
-    optimizer: Optimizer, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], groups: list[dict[str, Any]]
-) -> None:
-    parameters = dict(model.named_parameters())
+def _unpack_optimizer(learner: Learner, tensors: Mapping[str, torch.Tensor], groups: list[dict[str, Any]]) -> None:
+    parameters = dict(learner.trained.named_parameters())
     order = [name for group in groups for name in group["params"]]
-    if order != [name for group in _pack_optimizer(optimizer, model)[1] for name in group["params"]]:
+    if order != [name for group in _named_groups(learner) for name in group["params"]]:
         raise RunError("the saved optimiser moves other parameters than this run's", "train anew with --overwrite")
     states: dict[int, Tensors] = {}
     for path, tensor in tensors.items():
         name, key = path.rsplit("/", 1)
-        states.setdefault(order.index(name), {})[key] = tensor.to(parameters[name].device)
+        placed = divided_like(parameters[name], tensor.to(parameters[name].device))
+        states.setdefault(order.index(name), {})[key] = placed
     plain = [group | {"params": [order.index(name) for name in group["params"]]} | _tuples(group) for group in groups]
-    optimizer.load_state_dict({"state": states, "param_groups": plain})
+    learner.optimizer.load_state_dict({"state": states, "param_groups": plain})
 
 
 def _tuples(group: Mapping[str, Any]) -> dict[str, Any]:
     """JSON has no tuples; Adam's betas are one."""
     return {"betas": tuple(group["betas"])} if "betas" in group else {}
-
-
-def _pack_rng() -> Tensors:
-    """Return the states of torch's, NumPy's and Python's global generators as integer tensors."""
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    version, words, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "numpy": torch.tensor([int(position), int(has_gauss), *map(int, keys)], dtype=torch.int64),
-        "numpy_gauss": torch.tensor([float(cached)], dtype=torch.float64),
-        "python": torch.tensor([version, *words], dtype=torch.int64),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        **{f"cuda{index}": state for index, state in enumerate(_cuda_states())},
-    }
-
-
-def _cuda_states() -> list[torch.Tensor]:
-    return list(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else []
-
-
-def _packed_by_rank(generators: Sequence[Tensors]) -> Tensors:
-    return {f"{rank}/{name}": state for rank, states in enumerate(generators) for name, state in states.items()}
-
-
-def _unpack_rng(by_rank: Tensors, *, rank: int) -> None:
-    """Put the global generators back; in a process that was not there when they were saved they stay as they are."""
-    states = {name.partition("/")[2]: state for name, state in by_rank.items() if name.startswith(f"{rank}/")}
-    if not states:
-        return
-    torch.set_rng_state(states["torch"])
-    position, has_gauss, *keys = states["numpy"].tolist()
-    np.random.set_state(
-        ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, float(states["numpy_gauss"][0]))
-    )
-    version, *words = states["python"].tolist()
-    gauss = states["python_gauss"].tolist()
-    random.setstate((version, tuple(words), gauss[0] if gauss else None))
-    for index in range(len(_cuda_states())):
-        if f"cuda{index}" in states:
-            torch.cuda.set_rng_state(states[f"cuda{index}"], index)

@@ -92,7 +92,7 @@ def run_epochs(
             sampler.start(progress.epoch, progress.step)
         for watcher in watchers:
             watcher.epoch_started(progress)
-        learner.model.train()
+        learner.trained.train()
         batches = learner.placed(loaders["train"])
         if learner.processes.count > 1:
             batches = then_none(batches, len(loaders["train"]) - progress.step)
@@ -143,6 +143,7 @@ def _validate(learner: Learner, valid_loader: DataLoader[Any] | None) -> Totals:
 
 def _end_epoch(learner: Learner, valid_loader: DataLoader[Any] | None, *, progress: Progress, seconds: float) -> None:
     history = progress.history
+    learner.collect()
     history.learning_rates.append(float(learner.optimizer.param_groups[0]["lr"]))
     with learner.averaged():
         valid = _validate(learner, valid_loader)

@@ -4,6 +4,7 @@ import torch
 from timm.utils import ModelEmaV3
 
 from finetune.config.schema import TrainConfig
+from finetune.errors import ConfigError
 from finetune.models.device import resolve_precision
 from finetune.models.freezing import freeze_stages, hold_batch_norm
 from finetune.models.heads import head_module
@@ -16,6 +17,7 @@ from finetune.training.mixing import Mix
 from finetune.training.objectives import balanced_class_weights, build_criterion
 from finetune.training.plan import Plan
 from finetune.training.schedules import build_schedule
+from finetune.training.sharding import ShardedModel, is_sharding_asked
 from finetune.training.step import Learner, build_accelerator
 from finetune.training.sync_norm import SharedStatistics
 
@@ -38,6 +40,7 @@ def build_learner(
     reporter: Reporter,
 ) -> Learner:
     """Build what learns from `batches` as `plan` says."""
+    precision = resolve_precision(config.precision, device, batches.model)
     optimizer, train_loader = _optimizer(config, plan, backbone), batches.loaders["train"]
     is_shared = config.sync_batch_norm and processes.count > 1 and plan.batch_norm == "train"
     schedule = build_schedule(
@@ -49,6 +52,11 @@ def build_learner(
         step_epochs=config.step_epochs,
         step_factor=config.step_factor,
     )
+    sharded = None
+    if is_sharding_asked(processes) and plan.head_start != "neighbours":
+        _require_shardable(config, precision)
+        sharded = ShardedModel(batches.model, processes=processes, device=device)
+        sharded.give_to(optimizer)
     class_weights_K, mix = None, None
     if plan.head_start != "neighbours":
         class_count = head_module(backbone.module).weight.shape[0]
@@ -65,7 +73,7 @@ def build_learner(
         ),
         optimizer=optimizer,
         schedule=schedule,
-        accelerator=build_accelerator(device, resolve_precision(config.precision, device, batches.model)),
+        accelerator=build_accelerator(device, precision),
         max_grad_norm=config.max_grad_norm,
         finish=batches.finish,
         mix=mix,
@@ -74,6 +82,7 @@ def build_learner(
         parts=config.gradient_accumulation,
         processes=processes,
         shared_statistics=SharedStatistics(processes) if is_shared else None,
+        sharded=sharded,
         sample=lambda: train_loader.collate_fn([train_loader.dataset[(0, 0)]]),
         reporter=reporter,
     )
@@ -95,6 +104,15 @@ def _optimizer(config: TrainConfig, plan: Plan, backbone: Backbone) -> torch.opt
             return torch.optim.Adam(groups)
         case "sgd":
             return torch.optim.SGD(groups, momentum=config.momentum)
+
+
+def _require_shardable(config: TrainConfig, precision: str) -> None:
+    if config.averaging == "ema":
+        raise ConfigError(
+            "--averaging ema follows the whole network at every step, FSDP divides it", "average the ends"
+        )
+    if precision == "fp16":
+        raise ConfigError("FSDP trains in bf16 or fp32, not in fp16", "take another --precision")
 
 
 def _average(config: TrainConfig, backbone: Backbone) -> ModelEmaV3 | None:

@@ -1,7 +1,7 @@
 """One optimiser step: a batch computed in as many parts as the memory wants, checked, and only then applied."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from finetune.data.dataset import Draft
@@ -26,6 +26,7 @@ from finetune.training.mixing import Mix
 from finetune.training.objectives import main_output, total_loss
 from finetune.training.progress import Outcome
 from finetune.training.schedules import Schedule
+from finetune.training.sharding import ShardedModel, whole_tensor
 from finetune.training.sync_norm import SharedStatistics
 
 # Shapes: B batch, C channels, H height, W width, K classes.
@@ -49,7 +50,8 @@ class Learner:
     other, `average` follows the weights. With `keeps_start` the weights of the start are saved, and with
     `averages_ends` their mean with the best ones is tried in the end. A batch is computed in `parts`, whose gradients
     are added up. Of every batch each of several `processes` computes its share; all take the step of the whole. With
-    `shared_statistics` BatchNorm sees the batch of all of them, and who has no share computes no image like `sample`.
+    `shared_statistics` BatchNorm sees the batch of all of them, and with `sharded` a copy of `model` learns in its
+    place that is divided among them: who has no share then goes along with `sample`, which counts for nothing.
     """
 
     model: nn.Module
@@ -67,11 +69,27 @@ class Learner:
     parts: int = 1
     processes: Processes = ALONE
     shared_statistics: SharedStatistics | None = None
+    sharded: ShardedModel | None = None
     sample: Callable[[], Sequence[Any]] | None = None
     reporter: Reporter = field(default_factory=LoggingReporter)
 
     def __post_init__(self) -> None:
         self.network = self.network or self.model
+
+    @property
+    def trained(self) -> nn.Module:
+        """What learns: `model`, or the divided copy of it."""
+        return self.sharded.module if self.sharded else self.model
+
+    @property
+    def is_in_step(self) -> bool:
+        """Whether all processes go through the network together, layer by layer."""
+        return self.shared_statistics is not None or self.sharded is not None
+
+    def collect(self) -> None:
+        """Bring `model` and `network` up to date with what learns; to be called by all processes."""
+        if self.sharded:
+            self.sharded.collect()
 
     def learning_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the optimiser moves."""
@@ -112,10 +130,12 @@ def undone(learner: Learner) -> Iterator[Learner]:
     device, optimizer = learner.accelerator.device, learner.optimizer
     if learner.accelerator.scaler is not None:
         optimizer = learner.accelerator.prepare(optimizer)  # which takes the scale out of the gradients
-    learner.model.train()
+    learner.trained.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield replace(learner, optimizer=optimizer, schedule=Schedule.of(None, learner.optimizer), average=None)
     learner.network.load_state_dict(weights)
+    if learner.sharded:
+        learner.sharded.spread()
 
 
 def train_step(learner: Learner, batch: Sequence[Any] | None, *, step: int = 1) -> Outcome:
@@ -132,7 +152,7 @@ def train_step(learner: Learner, batch: Sequence[Any] | None, *, step: int = 1) 
     """
     if batch is not None:
         outcome = _learn(learner, batch, step)
-    elif learner.shared_statistics:
+    elif learner.is_in_step:
         outcome = _learn_nothing(learner, step)
     else:
         learner.optimizer.zero_grad()
@@ -142,12 +162,14 @@ def train_step(learner: Learner, batch: Sequence[Any] | None, *, step: int = 1) 
     if learner.processes.count > 1:
         outcome = _join_shares(learner, outcome)
     parameters = learner.learning_parameters()
-    if learner.max_grad_norm:
+    if learner.max_grad_norm and learner.accelerator.scaler is not None:
         norm = learner.accelerator.clip_grad_norm_(parameters, learner.max_grad_norm)
+    elif learner.max_grad_norm:
+        norm = clip_grad_norm_(parameters, learner.max_grad_norm)
     else:
         norm = get_total_norm([each.grad for each in parameters if each.grad is not None])
     if norm is not None and learner.accelerator.scaler is None:  # a loss scaler skips such a step by itself
-        _require_finite(norm, f"gradient norm of step {step}", learner, batch)
+        _require_finite(whole_tensor(norm), f"gradient norm of step {step}", learner, batch)
     learner.optimizer.step()
     learner.schedule.step_ended()
     if learner.average:
@@ -166,19 +188,19 @@ def _learn(learner: Learner, batch: Sequence[Any], step: int) -> Outcome:
         try:
             return _add_gradients(learner, inputs, targets, batch, step)
         except RuntimeError as error:
-            is_in_step = learner.shared_statistics is not None  # with others that would wait for a part of their own
-            if not should_reduce_batch_size(error) or learner.parts >= len(class_indices_B) or is_in_step:
+            is_last = learner.parts >= len(class_indices_B) or learner.is_in_step  # with others, who would wait
+            if not should_reduce_batch_size(error) or is_last:
                 raise
         restore()
         _halve_parts(learner)  # here, where the failed attempt's tensors are gone
 
 
 def _learn_nothing(learner: Learner, step: int) -> Outcome:
-    """Go through the network with the others, without an image."""
+    """Go through the network with the others, although there is no image to learn from."""
     assert learner.sample is not None
     batch = next(learner.placed([learner.sample()]))
     inputs = as_inputs(learner.finish(batch[0]) if learner.finish else batch[0])
-    return _add_gradients(learner, tuple(tensor[:0] for tensor in inputs), batch[1][:0], batch, step)
+    return _add_gradients(learner, inputs, batch[1][:0], batch, step)
 
 
 def _join_shares(learner: Learner, own: Outcome) -> Outcome:
@@ -186,13 +208,14 @@ def _join_shares(learner: Learner, own: Outcome) -> Outcome:
     parameters = learner.learning_parameters()
     statistics = [
         statistic
-        for module in learner.model.modules()
+        for module in learner.trained.modules()
         if isinstance(module, _BatchNorm) and module.training
         for statistic in (module.running_mean, module.running_var)
         if statistic is not None
     ]
-    is_used = [each.grad is not None for each in parameters]
-    gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+    whole = [] if learner.sharded else parameters  # the gradient of what is divided has been added up on the way
+    is_used = [each.grad is not None for each in whole]
+    gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in whole]
     counts = torch.tensor(
         [own.loss * own.weight, own.right, own.images, own.weight, *is_used], device=learner.accelerator.device
     )
@@ -205,8 +228,11 @@ def _join_shares(learner: Learner, own: Outcome) -> Outcome:
         tensor.copy_(total.view(tensor.shape) / weight)
     for tensor, total in zip(statistics, sums[len(gradients) :], strict=True):
         tensor.copy_(total.view(tensor.shape) / images)
-    for parameter, gradient, has_gradient in zip(parameters, gradients, is_used, strict=True):
+    for parameter, gradient, has_gradient in zip(whole, gradients, is_used, strict=True):
         parameter.grad = gradient if has_gradient else None
+    for parameter in parameters if learner.sharded else []:
+        if parameter.grad is not None:
+            parameter.grad *= learner.processes.count / weight  # FSDP leaves the mean over processes
     return Outcome(loss=loss / weight, right=round(right), images=round(images), weight=weight)
 
 
@@ -218,15 +244,14 @@ def _add_gradients(
     It is that of the mean loss, or of the sum where several processes add theirs up before they divide.
     """
     learner.optimizer.zero_grad()
-    parts = learner.parts if learner.shared_statistics else min(learner.parts, len(targets))
+    parts = learner.parts if learner.is_in_step else min(learner.parts, len(targets))
     whole = _weight(learner.criterion, targets)
     divisor = whole if learner.processes.count == 1 else 1.0
     total, right = 0.0, 0
-    for *part, targets_B in zip(*(tensor.tensor_split(parts) for tensor in (*inputs, targets)), strict=True):
-        norms = learner.shared_statistics or _lone_image_guard(learner.model, len(targets_B))
-        with norms, learner.accelerator.autocast():
-            outputs = learner.model(*part)
-        outputs = convert_to_fp32(outputs)
+    given = [tensor[: len(targets)].tensor_split(parts) for tensor in inputs]
+    for *part, targets_B in zip(*given, targets.tensor_split(parts), strict=True):
+        # Without a share it goes along with the others by an image that counts for nothing.
+        outputs = _outputs(learner, part if len(targets_B) else [each[:1] for each in inputs], len(targets_B))
         share = _weight(learner.criterion, targets_B) / divisor
         loss = total_loss(outputs, targets_B, learner.criterion) * share if share else _zero(outputs)
         _require_finite(loss, f"loss of step {step}", learner, batch)
@@ -238,10 +263,21 @@ def _add_gradients(
     return Outcome(loss=mean, right=right, images=len(targets), weight=whole)
 
 
+def _outputs(learner: Learner, inputs: Sequence[torch.Tensor], counting: int) -> Any:
+    """Return what the network gives, in float32, for inputs of which so many count."""
+    if learner.shared_statistics:
+        norms: AbstractContextManager[None] = learner.shared_statistics.over(counting)
+    else:
+        norms = _lone_image_guard(learner.trained, counting)
+    with norms, learner.accelerator.autocast():
+        outputs = learner.trained(*inputs)
+    return convert_to_fp32(outputs)
+
+
 def _zero(outputs: Any) -> torch.Tensor:
-    """Return the loss of no images, of which every weight has a gradient of zeros."""
+    """Return a loss of which every weight has a gradient of zeros."""
     given = outputs if isinstance(outputs, tuple) else (outputs,)
-    return torch.stack([output.sum() for output in given if output is not None]).sum()
+    return torch.stack([output.sum() for output in given if output is not None]).sum() * 0.0
 
 
 def _weight(criterion: nn.Module, targets: torch.Tensor) -> float:
@@ -256,7 +292,7 @@ def _snapshot(learner: Learner) -> Callable[[], None]:
     """Return what takes back all that an attempt at a batch moves: statistics of BatchNorm and random generators."""
     buffers = [
         (buffer, buffer.clone())
-        for module in learner.model.modules()
+        for module in learner.trained.modules()
         if isinstance(module, _BatchNorm) and module.training
         for buffer in module.buffers()
     ]
@@ -280,7 +316,7 @@ def _halve_parts(learner: Learner) -> None:
     learner.reporter.warn(
         f"out of memory: from here on a batch is computed in {learner.parts} parts, one after another."
     )
-    if any(isinstance(module, _BatchNorm) and module.training for module in learner.model.modules()):
+    if any(isinstance(module, _BatchNorm) and module.training for module in learner.trained.modules()):
         learner.reporter.warn("BatchNorm sees one part at a time and so takes its statistics from fewer images.")
 
 

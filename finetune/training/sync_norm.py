@@ -1,6 +1,7 @@
 """BatchNorm over the images of all processes, where torch's own is for GPUs only and takes the place of every layer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,13 +18,21 @@ from finetune.runs.processes import Processes
 class SharedStatistics(TorchFunctionMode):
     """While it is entered, BatchNorm in train mode takes mean and variance of the images of all `processes`.
 
-    All must run the same layers in the same order, forward and backward; one without images runs them on none. A loss
-    is to be a sum over images, not a mean, for its gradient reaches the images of other processes too.
+    All must run the same layers in the same order, forward and backward; one that has no images does so with one that
+    does not count. A loss is to be a sum over images, not a mean, for its gradient reaches those of others too.
     """
 
     def __init__(self, processes: Processes) -> None:
         super().__init__()
         self.processes = processes
+        self.is_counting = True
+
+    @contextmanager
+    def over(self, images: int) -> Iterator[None]:
+        """Enter it to compute so many images of this process: none if there is one, but it does not count."""
+        self.is_counting = images > 0
+        with self:
+            yield
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -67,9 +76,9 @@ class SharedStatistics(TorchFunctionMode):
         axes = _all_but_channels(images_BC)
         channels = images_BC.shape[1]
         count = images_BC.numel() / channels
-        mean_C = images_BC.sum(axes) / max(count, 1)
+        mean_C = images_BC.mean(axes)
         squares_C = (images_BC - mean_C.view(_along_channels(images_BC))).square().sum(axes)
-        own = torch.cat([mean_C.new_tensor([len(images_BC), count]), mean_C, squares_C])
+        own = torch.cat([mean_C.new_tensor([len(images_BC), count]), mean_C, squares_C]) * self.is_counting
         images_P, counts_P, means_PC, squares_PC = self.processes.stack(own).split([1, 1, channels, channels], dim=1)
         whole = counts_P.sum()
         mean_C = (counts_P * means_PC).sum(dim=0) / whole

@@ -29,6 +29,18 @@ def test_of_one_process_is_what_torch_computes() -> None:
             torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
 
 
+def test_an_image_that_does_not_count_is_normalised_by_the_others() -> None:
+    norm, shared = nn.BatchNorm2d(4), SharedStatistics(ALONE)
+    nn.init.constant_(norm.running_mean, 3.0)
+    image_1CHW = torch.randn(1, 4, 3, 3)
+    with shared.over(0):
+        torch.testing.assert_close(norm(image_1CHW), (image_1CHW - 3) / (1 + norm.eps) ** 0.5)
+    assert torch.equal(norm.running_mean, torch.full((4,), 3.0))
+    with shared.over(2):
+        norm(torch.cat([image_1CHW] * 2))
+    assert not torch.equal(norm.running_mean, torch.full((4,), 3.0))
+
+
 def test_vectors_and_bfloat16_keep_their_format() -> None:
     norm = nn.BatchNorm1d(4)
     with SharedStatistics(ALONE):

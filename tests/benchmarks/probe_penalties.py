@@ -64,23 +64,23 @@ def features_of(images: list[Image.Image]) -> Array:
     return np.stack(rows)
 
 
-def other_stamps() -> tuple[Array, Array]:
-    """Return features and class indices of stamps of the KINDS."""
+def other_stamps() -> tuple[list[Image.Image], Array]:
+    """Return stamps of the KINDS and their class indices."""
     paths = [
         (index, STAMPS["STAMPS_FOLDER"] / kind / path)
         for index, kind in enumerate(KINDS)
         for path in STAMPS["photographs"](STAMPS["STAMPS_FOLDER"] / kind)
     ]
-    return features_of([STAMPS["on_white"](path) for _, path in paths]), np.array([index for index, _ in paths])
+    return [STAMPS["on_white"](path) for _, path in paths], np.array([index for index, _ in paths])
 
 
-def digits() -> tuple[Array, Array]:
-    """Return features and class indices of digits, 8 × 8 pixels enlarged."""
+def digits() -> tuple[list[Image.Image], Array]:
+    """Return digits of 8 × 8 pixels, enlarged, and their class indices."""
     found = load_digits()
     chosen = np.random.default_rng(0).permutation(len(found.target))[:DIGITS]
     pictures = [Image.fromarray((15.9 * found.images[place]).astype(np.uint8)) for place in chosen]
     enlarged = [picture.resize((DIGIT_PX, DIGIT_PX), Image.Resampling.BICUBIC) for picture in pictures]
-    return features_of(enlarged), found.target[chosen].astype(np.int64)
+    return enlarged, found.target[chosen].astype(np.int64)
 
 
 def accuracy(train: Features, held_out: Features, *, shrinkage: float) -> float:
@@ -113,7 +113,7 @@ def compare(features_ND: Array, class_indices_N: Array, count: int) -> dict[str,
 
 def main() -> None:
     """Compare the penalties on every set and write the results."""
-    stamps, numbers = other_stamps(), digits()
+    stamps, numbers = ((features_of(images), classes_N) for images, classes_N in (other_stamps(), digits()))
     found = {
         f"other stamps, {len(KINDS)} classes, 140 to train": compare(*stamps, 140),
         f"other stamps, {len(KINDS)} classes, 80 to train": compare(*stamps, 80),

@@ -14,6 +14,7 @@ import pytest
 PROJECT = Path(__file__).resolve().parents[2]
 README = (PROJECT / "README.md").read_text()
 BLOCKS = re.findall(r"(<!-- ci: \w+ -->\n)?```(bash|python)\n(.*?)```", README, flags=re.DOTALL)
+LAUNCHERS = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.launch"}
 EXPECTED_OUTPUT = {"finetune check photos": "36 images", "finetune advise photos": "scenario: "}
 
 
@@ -44,8 +45,8 @@ def test_every_command_of_the_readme_runs(
     assert len(lines) >= 16
     for line in lines:
         words = shlex.split(line)
-        if words[0] == "torchrun":
-            command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+        if words[0] in LAUNCHERS:
+            command = [sys.executable, "-m", LAUNCHERS[words[0]], *words[1 + (words[1] == "launch") :]]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             assert result.returncode == 0, (line, result.stderr)
             continue

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from finetune.data.csv_files import read_csv
 from finetune.data.formats import looks_like_image
-from finetune.data.shards import find_shards, list_shards, missing_shards
+from finetune.data.shards import compressed_shards, find_shards, list_shards, missing_shards
 from finetune.data.table import SPLIT_NAMES, ImageRow, ImageTable, Rows, Split, sort_by_path
 from finetune.errors import DataError, first_ten, nearest
 
@@ -72,7 +72,8 @@ def list_images(data: Path) -> Listing:
 def _list_folder(root: Path) -> Listing:
     walk = _Walk(root)
     folders, loose = walk.children(root)
-    if shards := find_shards(loose):
+    shards = find_shards(loose)
+    if shards and not _hold_images(root, folders):
         return _list_shards(root, shards, folders, loose)
     splits = {folder: SPLIT_NAMES[folder.name.lower()] for folder in folders if folder.name.lower() in SPLIT_NAMES}
     # A class may be called "train"; a split is told by the class folders inside it.
@@ -86,9 +87,16 @@ def _list_folder(root: Path) -> Listing:
     else:
         rows = Rows(row for folder in folders for row in walk.class_rows(folder, split=None))
     if not rows:
+        if compressed := compressed_shards(loose):
+            raise DataError(
+                f"the shards in {root} are compressed: {first_ten(compressed)}",
+                "unpack them to .tar, as with gunzip: the images in them are compressed already",
+            )
         images = [file.name for file in loose if looks_like_image(file)]
         found = f"images but no class folders: {first_ten(images)}" if images else "no images"
         raise DataError("; ".join([f"{root} holds {found}", *walk.problems[:1]]), hint=LAYOUTS_HINT)
+    if shards:
+        walk.problems.append(f"not read, because they lie beside folders: {first_ten(each.name for each in shards)}")
     return Listing(
         root=root,
         rows=sort_by_path(rows),
@@ -98,12 +106,17 @@ def _list_folder(root: Path) -> Listing:
     )
 
 
+def _hold_images(root: Path, folders: list[Path]) -> bool:
+    walk = _Walk(root)
+    return any(True for folder in folders for _ in walk.class_rows(folder, split=None))
+
+
 def _list_shards(root: Path, shards: Mapping[Path, Split], folders: list[Path], loose: list[Path]) -> Listing:
     rows, problems = list_shards(shards), []
     if not rows:
         raise DataError(f"the shards in {root} hold no images", hint=LAYOUTS_HINT)
     if folders:
-        problems.append(f"not entered, because they lie beside shards: {first_ten(folder.name for folder in folders)}")
+        problems.append(f"no images are in these, beside shards: {first_ten(folder.name for folder in folders)}")
     if missing := missing_shards(shards):
         problems.append(f"shards are missing from the sequence: {first_ten(missing)}")
     ignored = tuple(file for file in loose if file not in shards)

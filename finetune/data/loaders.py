@@ -4,14 +4,14 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler, Subset, default_collate
 
-from finetune.data.dataset import Batch, Draft, DraftBatch, ImageDataset, LabelledDataset, Sample
+from finetune.data.dataset import Batch, Draft, DraftBatch, ImageDataset, LabelledDataset, Sample, SampleKey
 from finetune.data.picture_cache import PictureCache
 from finetune.data.pixels import HeldDataset, HeldPixels
 from finetune.data.table import SPLITS, ImageTable
@@ -160,6 +160,14 @@ def readable(batches: Iterable[Batch | ImageError]) -> Iterator[Batch]:
             finally:
                 del batch  # else error, traceback and frame hold each other, and the loader's processes, alive
         yield batch
+
+
+def batch_of(loader: DataLoader[Any], keys: Sequence[SampleKey]) -> Batch | DraftBatch | ImageError:
+    """Return the batch of the images with these keys, as `loader` would make it."""
+    dataset: Any = loader.dataset
+    several = dataset.__getitems__ if hasattr(dataset, "__getitems__") else lambda keys: [dataset[key] for key in keys]
+    batch: Batch | DraftBatch | ImageError = loader.collate_fn(several(keys))
+    return batch
 
 
 def then_none(batches: Iterator[Batch], count: int) -> Iterator[Batch | None]:

@@ -15,7 +15,7 @@ import os
 import posixpath
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -35,10 +35,13 @@ Array = np.ndarray[Any, Any]
 
 FORMAT_NUMBER = 1  # of an index; raise it when more or other members count
 MOST_LABEL_BYTES = 2**20
+MOST_PADDING = 2 * tarfile.RECORDSIZE  # zeros at the end of a shard; more of them are a file that was not filled
 CONVENTION = 'a sample of a shard is KEY.jpg (or png …) with its label in KEY.cls, or as "label" in KEY.json'
 
 _SHARD = re.compile(rf"({'|'.join(SPLIT_NAMES)})-.*\.tar", re.IGNORECASE)
 _COMPRESSED = re.compile(rf"({'|'.join(SPLIT_NAMES)})-.*\.(tar\.\w+|tgz|tbz2?|txz)", re.IGNORECASE)
+
+_listed: dict[str, list[int]] = {}  # what each shard was known by when it was listed in this process
 
 
 @dataclass
@@ -47,23 +50,22 @@ class _Sample:
 
     pictures: list[tuple[str, int, int]] = field(default_factory=list)
     """Name, offset and size in bytes."""
-    labels: dict[str, list[bytes]] = field(default_factory=dict)
-    """The contents of its members "cls" and "json"."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """What its members "cls" and "json" say."""
+    faults: list[str] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
+    """Pictures whose name goes on between key and extension."""
 
 
-def find_shards(files: list[Path]) -> dict[Path, Split]:
-    """Return those of `files` that are shards by their names, each with its split.
-
-    Raises:
-        DataError: One is compressed.
-    """
-    if compressed := [file.name for file in files if _COMPRESSED.fullmatch(file.name)]:
-        raise DataError(
-            f"shards are compressed: {first_ten(compressed)}",
-            "unpack them to .tar, as with gunzip: the images in them are compressed already",
-        )
+def find_shards(files: Iterable[Path]) -> dict[Path, Split]:
+    """Return those of `files` that are shards by their names, each with its split."""
     matches = ((file, _SHARD.fullmatch(file.name)) for file in files)
     return {file: SPLIT_NAMES[match[1].lower()] for file, match in matches if match}
+
+
+def compressed_shards(files: Iterable[Path]) -> list[str]:
+    """Return the names of those of `files` that would be shards if they were not compressed."""
+    return [file.name for file in files if _COMPRESSED.fullmatch(file.name)]
 
 
 def missing_shards(shards: Iterable[Path]) -> list[str]:
@@ -92,10 +94,12 @@ def list_shards(shards: Mapping[Path, Split]) -> Rows:
     def rows() -> Iterator[ImageRow]:
         for shard, split in shards.items():
             try:
-                listing = json.loads(_columns(shard, ["listing"])["listing"].tobytes())
+                columns = _columns(shard, ["listing", "stamp"])
             except (OSError, tarfile.TarError) as error:
                 faults.append(f"{shard.name} cannot be read: {error}")
                 continue
+            _listed[str(shard)] = columns["stamp"].tolist()
+            listing = json.loads(columns["listing"].tobytes())
             faults.extend(f"{fault} in {shard.name}" for fault in listing["faults"])
             for name, label in listing["pictures"]:
                 yield ImageRow(image_path=f"{shard.name}/{name}", label=label, split=split)
@@ -134,17 +138,25 @@ def _place_of(path: str) -> tuple[str, int, int, int]:
     for match in re.finditer(r"\.tar/", path, re.IGNORECASE):
         shard, name = path[: match.end() - 1], path[match.end() :]
         if os.path.isfile(shard):  # noqa: PTH113 (there may be a million)
-            mtime_ns = os.stat(shard).st_mtime_ns  # noqa: PTH116
-            keys_N, offsets_N, sizes_N = _places(shard, mtime_ns)
+            stamp = _stamp(shard)
+            if _listed.get(shard, stamp) != stamp:  # what lies under a key now may have another label
+                raise OSError(f"{shard} has changed since it was listed")
+            keys_N, offsets_N, sizes_N = _places(shard, *stamp)
             key = np.uint64(_key(name))
             place = int(np.searchsorted(keys_N, key))
             if place < len(keys_N) and keys_N[place] == key:
-                return shard, int(offsets_N[place]), int(sizes_N[place]), mtime_ns
+                return shard, int(offsets_N[place]), int(sizes_N[place]), stamp[-1]
     raise FileNotFoundError(f"there is no {path}")
 
 
+def _stamp(shard: str | Path) -> list[int]:
+    """Return by what a shard is known again."""
+    status = os.stat(shard)  # noqa: PTH116 (there may be a million calls)
+    return [FORMAT_NUMBER, status.st_size, status.st_mtime_ns]
+
+
 @cache
-def _places(shard: str, _mtime_ns: int) -> tuple[Array, Array, Array]:
+def _places(shard: str, *_stamp: int) -> tuple[Array, Array, Array]:
     """Return the keys of a shard's pictures (N,), sorted, their offsets and their sizes, for one state of the file."""
     try:
         columns = _columns(Path(shard), ["keys", "offsets", "sizes"])
@@ -157,14 +169,13 @@ def _key(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(errors=FOREIGN_BYTES), digest_size=8).digest())
 
 
-def _columns(shard: Path, names: Iterable[str]) -> Mapping[str, Array]:
+def _columns(shard: Path, names: Sequence[str]) -> Mapping[str, Array]:
     """Return columns of the index of `shard`, which is made where none is kept that is of this version of the file."""
-    status = shard.stat()
-    stamp = np.array([FORMAT_NUMBER, status.st_size, status.st_mtime_ns])
+    stamp = np.array(_stamp(shard))
     folder = cache_folder() / "scans"
     file = folder / f"{hashlib.sha256(b'shard ' + os.fsencode(shard)).hexdigest()[:32]}.npz"
     may_keep = not is_inside(folder, shard.parent)
-    kept = read_arrays(file, [*names, "stamp"]) if may_keep else None
+    kept = read_arrays(file, {*names, "stamp"}) if may_keep else None
     if kept is None or not np.array_equal(kept["stamp"], stamp):
         kept = {"stamp": stamp, **_index(_samples(shard))}
         if may_keep:
@@ -178,28 +189,82 @@ def _samples(shard: Path) -> dict[str, _Sample]:
     Raises:
         OSError, tarfile.TarError: It cannot be read, or not to its end.
     """
+    if not shard.is_file():  # opening a named pipe would wait forever
+        raise OSError("it is no regular file")
     samples: dict[str, _Sample] = {}
-    with tarfile.open(shard, "r:") as tar:
-        for member in tar:
-            tar.members = []  # type: ignore[attr-defined]  # else it keeps all of them
-            name = posixpath.normpath(member.name).lstrip("/")
-            folder, file_name = posixpath.split(name)
-            stem, _, extension = file_name.partition(".")
-            extension = extension.lower()
-            if not stem or not member.isreg() or member.issparse():
-                continue
-            sample = samples.setdefault(posixpath.join(folder, stem), _Sample())
-            if f".{extension}" in IMAGE_EXTENSIONS:
-                sample.pictures.append((name, member.offset_data, member.size))
-            elif extension in ("cls", "json"):
-                content = tar.extractfile(member)
-                assert content is not None  # of a regular file
-                sample.labels.setdefault(extension, []).append(content.read(MOST_LABEL_BYTES))
-        with shard.open("rb") as file:  # tarfile takes a damaged header for the end
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"it is damaged or ends too early at byte {tar.offset:,}")
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            before = -1
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # else it keeps all of them
+                if member.size < 0 or tar.offset <= before:
+                    raise tarfile.ReadError(f"it is damaged at byte {member.offset:,}")
+                before = tar.offset
+                _take_down(member, tar, samples)
+            _require_end(shard, tar.offset)
+    except (ValueError, OverflowError, RecursionError) as error:  # of sizes that no file has
+        raise tarfile.ReadError(f"it is damaged: {error}") from error
     return samples
+
+
+def _take_down(member: tarfile.TarInfo, tar: tarfile.TarFile, samples: dict[str, _Sample]) -> None:
+    """Take down what `member` adds to its sample."""
+    name = posixpath.normpath(member.name).lstrip("/")
+    folder, file_name = posixpath.split(name)
+    stem, _, extension = file_name.partition(".")
+    extension = extension.lower()
+    if member.isdir() or not stem or any(part.startswith(".") or part == "__MACOSX" for part in folder.split("/")):
+        return
+    sample = samples.setdefault(posixpath.join(folder, stem), _Sample())
+    is_picture = f".{extension}" in IMAGE_EXTENSIONS
+    if (is_picture or extension in ("cls", "json")) and (not member.isreg() or member.issparse()):
+        sample.faults.append(f"has a {file_name} that is a link or other than a plain file")
+    elif is_picture:
+        sample.pictures.append((name, member.offset_data, member.size))
+    elif posixpath.splitext(extension)[1] in IMAGE_EXTENSIONS:
+        sample.parts.append(file_name)
+    elif extension in ("cls", "json"):
+        content = tar.extractfile(member)
+        assert content is not None  # of a regular file
+        try:
+            if member.size > MOST_LABEL_BYTES:
+                raise ValueError(f"of {member.size:,} bytes, at most {MOST_LABEL_BYTES:,} are read")
+            label = _label(extension, content.read())
+            if extension in sample.labels:
+                raise ValueError("twice")
+        except (ValueError, RecursionError) as error:
+            sample.faults.append(f"has a .{extension} {error}")
+            return
+        if label is not None:
+            sample.labels[extension] = label
+
+
+def _label(kind: str, content: bytes) -> str | None:
+    """Return the label in a member "cls" or "json", None where the latter is about something else.
+
+    Raises:
+        ValueError: It holds none.
+    """
+    text = content.decode("utf-8-sig")
+    label: object = text
+    if kind == "json":
+        facts = json.loads(text)
+        if not isinstance(facts, dict) or "label" not in facts:
+            return None
+        label = str(facts["label"]) if type(facts["label"]) is int else facts["label"]
+    if not isinstance(label, str) or not label.strip():
+        raise ValueError("without a label")
+    label.encode()  # a UnicodeEncodeError is a ValueError
+    return label.strip()
+
+
+def _require_end(shard: Path, offset: int) -> None:
+    """Refuse a shard that is no longer one after `offset`: tarfile takes whatever it does not know for the end."""
+    with shard.open("rb") as file:
+        file.seek(offset)
+        rest = file.read(MOST_PADDING + 1)
+    if not tarfile.BLOCKSIZE <= len(rest) <= MOST_PADDING or any(rest):
+        raise tarfile.ReadError(f"it is damaged, ends too early, or goes on after its end at byte {offset:,}")
 
 
 def _index(samples: Mapping[str, _Sample]) -> dict[str, Array]:
@@ -207,16 +272,17 @@ def _index(samples: Mapping[str, _Sample]) -> dict[str, Array]:
     listing: dict[str, list[Any]] = {"pictures": [], "faults": []}
     places = []
     for key, sample in samples.items():
-        if not sample.pictures and "cls" not in sample.labels:
-            continue  # a note, or facts about the whole set
-        try:
-            label = _label(sample)
-        except ValueError as error:
-            listing["faults"].append(f"{key!r} {error}")
-            continue
-        ((name, offset, size),) = sample.pictures
-        listing["pictures"].append((name, label))
-        places.append((_key(name), offset, size))
+        faults = sample.faults
+        if sample.parts and not sample.pictures:
+            faults = [f"goes on with a dot, where the convention ends a key: {first_ten(sample.parts)}"]
+        elif not faults and (sample.pictures or sample.labels):
+            faults = [f"has {len(sample.pictures)} pictures"] if len(sample.pictures) != 1 else []
+            faults += [] if sample.labels else ["has no label"]
+        listing["faults"] += [f"{key!r} {fault}" for fault in faults]
+        if not faults and sample.pictures:  # else a note, or facts about the whole set
+            ((name, offset, size),) = sample.pictures
+            listing["pictures"].append((name, sample.labels.get("cls", sample.labels.get("json"))))
+            places.append((_key(name), offset, size))
     keys, offsets, sizes = zip(*sorted(places), strict=True) if places else ((), (), ())
     return {
         "keys": np.array(keys, np.uint64),
@@ -224,28 +290,3 @@ def _index(samples: Mapping[str, _Sample]) -> dict[str, Array]:
         "sizes": np.array(sizes, np.int64),
         "listing": np.frombuffer(json.dumps(listing).encode(), np.uint8),
     }
-
-
-def _label(sample: _Sample) -> str:
-    """Return the label of the one picture in `sample`.
-
-    Raises:
-        ValueError: There is not one of each; the message says so of the sample.
-    """
-    if len(sample.pictures) != 1:
-        raise ValueError(f"has {len(sample.pictures)} pictures")
-    kind = "cls" if "cls" in sample.labels else "json"
-    contents = sample.labels.get(kind, [])
-    if len(contents) != 1:
-        raise ValueError("has several labels" if contents else "has no label")
-    label: object = contents[0].decode(errors="replace")
-    if kind == "json":
-        try:
-            facts = json.loads(contents[0])
-        except ValueError as error:
-            raise ValueError(f"has a .json that cannot be read: {error}") from error
-        label = facts.get("label") if isinstance(facts, dict) else None
-        label = str(label) if type(label) is int else label
-    if not isinstance(label, str) or not label.strip():
-        raise ValueError(f"has no label in its .{kind}")
-    return label.strip()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from finetune.data.jpeg import decoder_key
 from finetune.data.transforms import Augmentation
@@ -122,6 +123,8 @@ def open_activations(
         "jpeg_decoder": decoder_key(),
         "format_number": FORMAT_NUMBER,
     }
+    if torch.are_deterministic_algorithms_enabled():  # other rows may be of an engine that a measurement chose
+        made_by["engine"] = "plain"
     store = None if is_inside(cache_folder(), data_root) else open_store("activations", made_by)
     return ActivationCache(store, dtype=dtype)
 

@@ -84,18 +84,19 @@ def deterministic_algorithms(*, is_asked: bool) -> Iterator[None]:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     try:
         yield
     except RuntimeError as error:
-        if "deterministic" not in str(error):
+        if "deterministic implementation" not in str(error):
             raise
         raise ConfigError(
             f"--deterministic: {str(error).split('. ')[0]}", "train without it, on --device cpu, or another --model"
         ) from error
     finally:
-        torch.use_deterministic_algorithms(before[0])
+        torch.use_deterministic_algorithms(before[0], warn_only=only_warned)
         torch.backends.cudnn.benchmark = before[1]
 
 

@@ -4,6 +4,7 @@ import torch
 from timm.utils import ModelEmaV3
 
 from finetune.config.schema import TrainConfig
+from finetune.data.loaders import batch_of
 from finetune.errors import ConfigError
 from finetune.models.device import resolve_precision
 from finetune.models.freezing import freeze_stages, hold_batch_norm
@@ -83,7 +84,7 @@ def build_learner(
         processes=processes,
         shared_statistics=SharedStatistics(processes) if is_shared else None,
         sharded=sharded,
-        sample=lambda: train_loader.collate_fn([train_loader.dataset[(0, 0)]]),
+        sample=lambda: batch_of(train_loader, [(0, 0)]),
         reporter=reporter,
     )
 

@@ -70,7 +70,7 @@ class Learner:
     processes: Processes = ALONE
     shared_statistics: SharedStatistics | None = None
     sharded: ShardedModel | None = None
-    sample: Callable[[], Sequence[Any]] | None = None
+    sample: Callable[[], Any] | None = None
     reporter: Reporter = field(default_factory=LoggingReporter)
 
     def __post_init__(self) -> None:

@@ -63,7 +63,7 @@ class SharedStatistics(TorchFunctionMode):
             running_mean_C.lerp_(mean_C, momentum)
             running_var_C.lerp_(squares_C / max(count - 1, 1), momentum)
         scale_C = (squares_C / count + eps).rsqrt()
-        normal_BC: Tensor = _Normalise.apply(images_BC, mean_C, scale_C, count, self.processes)
+        normal_BC: Tensor = _Normalise.apply(images_BC, mean_C, scale_C, count, self)
         shape = _along_channels(images_BC)
         if weight is not None:
             normal_BC = normal_BC * weight.view(shape)
@@ -91,12 +91,13 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, images_BC: Tensor, mean_C: Tensor, scale_C: Tensor, count: float, processes: Processes
+        ctx: Any, images_BC: Tensor, mean_C: Tensor, scale_C: Tensor, count: float, shared: SharedStatistics
     ) -> Tensor:
         shape = _along_channels(images_BC)
         normal_BC = (images_BC.float() - mean_C.view(shape)) * scale_C.view(shape)
         ctx.save_for_backward(normal_BC, scale_C)
-        ctx.count, ctx.processes, ctx.dtype = count, processes, images_BC.dtype
+        ctx.count, ctx.processes, ctx.dtype = count, shared.processes, images_BC.dtype
+        ctx.is_counting = shared.is_counting
         return normal_BC
 
     @staticmethod
@@ -108,7 +109,7 @@ class _Normalise(torch.autograd.Function):
         ctx.processes.sum(sums_2C)
         mean_C, slope_C = sums_2C / ctx.count
         inputs_BC = (gradient_BC - mean_C.view(shape) - normal_BC * slope_C.view(shape)) * scale_C.view(shape)
-        return inputs_BC.to(ctx.dtype), None, None, None, None
+        return (inputs_BC * ctx.is_counting).to(ctx.dtype), None, None, None, None
 
 
 def _all_but_channels(images_BC: Tensor) -> list[int]:

@@ -94,13 +94,18 @@ def test_scan_knows_an_unchanged_shard_again_and_sees_a_changed_one(data: DataFo
         ({"a.png": PNG}, "'a' has no label in train-0.tar"),
         ({"a.cls": b"x"}, "'a' has 0 pictures in train-0.tar"),
         ({"a.png": PNG, "a.jpg": PNG, "a.cls": b"x"}, "'a' has 2 pictures"),
-        ({"a.png": PNG, "a.CLS": b"x", "a.cls": b"y"}, "'a' has several labels"),
-        ({"a.png": PNG, "a.cls": b" \n"}, "'a' has no label in its .cls"),
-        ({"a.png": PNG, "a.json": b'{"label": [1]}'}, "'a' has no label in its .json"),
-        ({"a.png": PNG, "a.json": b'{"label": true}'}, "'a' has no label in its .json"),
-        ({"a.png": PNG, "a.json": b'{"label": '}, "'a' has a .json that cannot be read"),
-        ({"a.png": PNG, "a.json": b"[]"}, "'a' has no label in its .json"),
-        ({"IMG.2020.png": PNG, "IMG.2020.cls": b"x"}, "hold no images"),
+        ({"a.png": PNG, "a.CLS": b"x", "a.cls": b"y"}, "'a' has a .cls twice"),
+        ({"a.png": PNG, "a.cls": b" \n"}, "'a' has a .cls without a label"),
+        ({"a.png": PNG, "a.cls": "rosé".encode("latin-1")}, "'a' has a .cls 'utf-8' codec can't decode"),
+        ({"a.png": PNG, "a.cls": b"x" * (2**20 + 1)}, "'a' has a .cls of 1,048,577 bytes"),
+        ({"a.png": PNG, "a.json": b'{"label": [1]}'}, "'a' has a .json without a label"),
+        ({"a.png": PNG, "a.json": b'{"label": true}'}, "'a' has a .json without a label"),
+        ({"a.png": PNG, "a.json": b'{"label": "\\ud800"}'}, "'a' has a .json 'utf-8' codec can't encode"),
+        ({"a.png": PNG, "a.json": b'{"label": '}, "'a' has a .json Expecting value"),
+        ({"a.png": PNG, "a.json": b'{"label": ' + b"[" * 100_000}, "'a' has a .json maximum recursion depth"),
+        ({"a.png": PNG, "a.json": b"[]"}, "'a' has no label"),
+        ({"a.heic": PNG, "a.json": b'{"label": 3}'}, "'a' has 0 pictures"),
+        ({"IMG.2020.png": PNG, "IMG.2020.cls": b"x"}, "'IMG' goes on with a dot, where the convention ends a key"),
     ],
 )
 def test_faults_of_samples_are_named(data: DataFolder, members: dict[str, bytes], fault: str):
@@ -130,24 +135,78 @@ def test_a_shard_cut_anywhere_is_refused(data: DataFolder):
             list_images(data.path)
 
 
+def test_what_follows_the_end_is_noticed(data: DataFolder):
+    whole = pack(data, "train-0.tar", sample("a", "x", 1) | sample("b", "y", 2)).read_bytes()
+    zeroed = bytearray(whole)
+    second = whole.index(b"b.png")
+    zeroed[second : second + 512] = bytes(512)
+    for content in (whole + whole, bytes(zeroed), whole + bytes(1_000_000)):
+        data.add("train-0.tar", content)
+        with pytest.raises(DataError, match="goes on after its end"):
+            list_images(data.path)
+
+
+def test_sizes_that_no_file_has_are_damage(data: DataFolder):
+    whole = bytearray(pack(data, "train-0.tar", sample("a", "x", 1)).read_bytes())
+    for size in (-512, 2**80):
+        header = bytearray(whole[:512])
+        header[124:136] = (b"\xff" if size < 0 else b"\x80") + (size % 2**88).to_bytes(11, "big")
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        data.add("train-0.tar", bytes(header + whole[512:]))
+        with pytest.raises(DataError, match="damaged"):
+            list_images(data.path)
+
+
+def test_a_pipe_is_not_waited_for(data: DataFolder):
+    data.pipe("train-0.tar")
+    with pytest.raises(DataError, match="no regular file"):
+        list_images(data.path)
+
+
+def test_a_shard_written_anew_after_it_was_listed_gives_no_picture(data: DataFolder):
+    shard = pack(data, "train-0.tar", sample("a", "x", 1))
+    row = list_images(data.path).rows[0]
+    pack(data, "train-0.tar", sample("a", "y", 2))
+    os.utime(shard, ns=(0, 1_000_000_000))
+    with pytest.raises(ImageError, match="changed since it was listed"):
+        read_image_file(data.path / row.image_path)
+    list_images(data.path)
+    assert read_image_file(data.path / row.image_path) == encode_picture(draw(2))
+
+
+def test_a_byte_order_mark_makes_no_other_class(data: DataFolder):
+    pack(data, "train-0.tar", {"a.png": PNG, "a.cls": b"\xef\xbb\xbfcafe", "b.png": PNG, "b.cls": b"cafe\n"})
+    assert list_images(data.path).class_names == ("cafe",)
+
+
+def test_more_pictures_of_a_sample_are_left_alone(data: DataFolder):
+    pack(data, "train-0.tar", sample("a", "x") | {"a.mask.png": PNG})
+    assert [row.image_path for row in list_images(data.path).rows] == ["train-0.tar/a.png"]
+
+
 def test_a_damaged_header_does_not_pass_for_the_end(data: DataFolder):
     whole = bytearray(pack(data, "train-0.tar", sample("a", "x", 1) | sample("b", "y", 2)).read_bytes())
     second = whole.index(b"b.png")
     whole[second + 150] ^= 1  # in the checksum
     data.add("train-0.tar", bytes(whole))
-    with pytest.raises(DataError, match="damaged or ends too early"):
+    with pytest.raises(DataError, match="damaged, ends too early"):
         list_images(data.path)
 
 
 def test_only_plain_members_count(data: DataFolder):
-    shard = pack(data, "train-0.tar", sample("./a", "x") | {".b.png": PNG, "notes.txt": b"", "about.json": b"{}"})
+    clutter = {".b.png": PNG, ".cache/c.png": PNG, "notes.txt": b"", "about.json": b"{}"}
+    shard = pack(data, "train-0.tar", sample("./a", "x") | clutter)
+    assert [row.image_path for row in list_images(data.path).rows] == ["train-0.tar/a.png"]
+    kinds = {"c": tarfile.SYMTYPE, "d": tarfile.LNKTYPE, "e": tarfile.FIFOTYPE, "f": tarfile.DIRTYPE}
     with tarfile.open(shard, "a") as tar:
-        for name, kind in (("c.png", tarfile.SYMTYPE), ("d.png", tarfile.DIRTYPE), ("e.png", tarfile.FIFOTYPE)):
-            header = tarfile.TarInfo(name)
-            header.type, header.linkname = kind, "/etc/passwd"
+        for name, kind in kinds.items():
+            header = tarfile.TarInfo(f"{name}.png")
+            header.type, header.linkname = kind, "./a.png"
             tar.addfile(header)
     data.expected = data.state()
-    assert [row.image_path for row in list_images(data.path).rows] == ["train-0.tar/a.png"]
+    with pytest.raises(DataError, match=r"have 3 faults: 'c' has a c.png that is a link or other than a plain file"):
+        list_images(data.path)
 
 
 def test_compressed_shards_are_refused_with_what_to_do(data: DataFolder):
@@ -161,15 +220,24 @@ def test_what_lies_beside_and_what_is_missing_is_said(data: DataFolder):
     for number in (0, 1, 3):
         pack(data, f"train-{number:06d}.tar", sample("a", "x", number))
     pack(data, "valid-late.tar", sample("a", "x", 9))
-    data.image("class/a.png")
+    data.add("logs/today.txt", "nothing")
     data.add("README.txt", "about")
     listing = list_images(data.path)
     assert len(listing.rows) == 4
     assert listing.problems == (
-        "not entered, because they lie beside shards: class",
+        "no images are in these, beside shards: logs",
         "shards are missing from the sequence: train-000002.tar",
     )
     assert [file.name for file in listing.ignored_files] == ["README.txt"]
+
+
+def test_archives_beside_class_folders_are_passed_over(data: DataFolder):
+    data.images("roses/a.png", "tulips/b.png")
+    data.add("train-images.tar.gz", "")
+    pack(data, "train-0.tar", {"a.png": PNG})
+    listing = list_images(data.path)
+    assert listing.class_names == ("roses", "tulips")
+    assert listing.problems == ("not read, because they lie beside folders: train-0.tar",)
 
 
 def test_pictures_that_are_not_there(data: DataFolder):

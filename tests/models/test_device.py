@@ -53,6 +53,16 @@ def test_deterministic_algorithms_are_for_a_while() -> None:
         assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_a_caller_that_only_wants_warnings_still_gets_them() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with deterministic_algorithms(is_asked=True):
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_a_layer_that_is_not_deterministic_is_refused() -> None:
     unpool, places = torch.nn.MaxUnpool2d(2), torch.zeros(1, 1, 1, 1, dtype=torch.int64)
     with (

@@ -8,6 +8,7 @@ import torch
 
 from finetune import train
 from finetune.config import from_yaml
+from finetune.runs.folder import RunFolder
 from finetune.training import boundary, loop
 
 
@@ -32,6 +33,8 @@ def test_the_same_command_gives_the_same_bits_and_measures_nothing(
     assert is_on
     assert all(is_on)
     assert not torch.are_deterministic_algorithms_enabled()
+    engines = [event["engine"] for event in RunFolder(runs[0].folder).events() if event["event"] == "features"]
+    assert engines == ["plain"]
     config = from_yaml(runs[0].folder / "config.yaml")
     assert config.deterministic
     assert config.boundary_cache == "never"

@@ -61,6 +61,50 @@ def test_batch_norm_of_two_processes_sees_what_that_of_one_does(data: Path, tmp_
     assert any(abs(apart[name] - expected[name]) > 1e-3 for name in losses)
 
 
+ONE_WITHOUT_IMAGES = """
+import copy, torch
+from torch import distributed, nn
+from finetune.runs.processes import Processes
+from finetune.training.schedules import Schedule
+from finetune.training.step import Learner, train_step
+from finetune.training.sync_norm import SharedStatistics
+
+distributed.init_process_group("gloo")
+rank = distributed.get_rank()
+processes = Processes(rank=rank, count=2, local_rank=rank, local_count=2, group=distributed.group.WORLD)
+torch.manual_seed(0)
+layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).train()
+batch = torch.randn(4, 3, 12, 12), torch.tensor([0, 1, 2, 0]), list("abcd")
+ghost = torch.randn(1, 3, 12, 12), torch.tensor([0]), ["ghost"]
+for parts in (1, 2):
+    pair = copy.deepcopy(network), copy.deepcopy(network)
+    for model, share, more in (
+        (pair[0], batch, {}),
+        (
+            pair[1],
+            None if rank else batch,
+            {"processes": processes, "shared_statistics": SharedStatistics(processes), "sample": lambda: ghost},
+        ),
+    ):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        schedule = Schedule.of(None, optimizer)
+        criterion = nn.CrossEntropyLoss()
+        learner = Learner(model=model, criterion=criterion, optimizer=optimizer, schedule=schedule, parts=parts, **more)
+        train_step(learner, share)
+    for name, tensor in pair[0].state_dict().items():
+        torch.testing.assert_close(pair[1].state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+distributed.destroy_process_group()
+"""
+
+
+def test_a_process_without_images_changes_no_gradient(tmp_path: Path) -> None:
+    script = tmp_path / "one_without_images.py"
+    script.write_text(ONE_WITHOUT_IMAGES)
+    done = launch(str(script))
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     write_images(tmp_path / "data")

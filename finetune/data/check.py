@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from finetune.data.copies import find_copies
 from finetune.data.labels import match_label_names
 from finetune.data.listing import Listing
 from finetune.data.scan import Scan, require_few_bad
@@ -213,10 +214,9 @@ def _copy_findings(rows: Rows) -> Iterator[Finding]:
 
 def _copies(rows: Rows, hashes: np.ndarray[Any, Any]) -> list[list[ImageRow]]:
     """Return the rows that share a hash (32 bytes, not all zero), in sets of two and more, in their order."""
-    _, inverse, counts = np.unique(hashes.view("V32").ravel(), return_inverse=True, return_counts=True)
     together = defaultdict(list)
-    for index in np.flatnonzero((counts[inverse] > 1) & hashes.any(axis=1)).tolist():
-        together[inverse[index]].append(rows[index])
+    for place, number in zip(*(each.tolist() for each in find_copies(hashes)), strict=True):
+        together[number].append(rows[place])
     return list(together.values())
 
 

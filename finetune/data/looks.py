@@ -3,17 +3,19 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from finetune.data.array_file import read_arrays, write_arrays
+from finetune.data.array_file import each_array, write_arrays
 from finetune.data.table import Pictures
 from finetune.errors import ImageFault
 from finetune.runs.cache_folder import is_inside
+from finetune.runs.processes import Processes
 
 FORMAT_NUMBER = 3  # raise it when decoding or hashing changes
 FAULTS: tuple[ImageFault, ...] = get_args(ImageFault)
@@ -58,12 +60,11 @@ class Looks:
     details: dict[int, str] = field(default_factory=dict)
 
     @classmethod
-    def empty(cls, paths: Iterable[str]) -> "Looks":
-        """Return room for a look at each of `paths`."""
-        keys = b"".join(hashlib.blake2b(os.fsencode(path), digest_size=16).digest() for path in paths)
-        count = len(keys) // 16
+    def empty(cls, keys: Array) -> "Looks":
+        """Return room for a look at each of `keys`."""
+        count = len(keys)
         return cls(
-            keys=np.frombuffer(keys, np.uint64).reshape(count, 2),
+            keys=keys,
             stamps=np.zeros((count, 3), np.int64),
             pictures=Pictures.empty(count),
             faults=np.full(count, -1, np.int8),
@@ -73,19 +74,14 @@ class Looks:
         return len(self.faults)
 
     def put(self, place: int, look: Look) -> None:
-        """Take down a look."""
+        """Take down a look, in the place of the one before."""
         self.stamps[place] = look.stamp
+        self.pictures.put(place, look.sha256, look.perceptual_hash, look.size_px)
         if look.reason is None:
-            self.pictures.put(place, look.sha256, look.perceptual_hash, look.size_px)
+            self.faults[place] = -1
+            self.details.pop(place, None)
         else:
             self.faults[place], self.details[place] = FAULTS.index(look.reason), look.detail
-
-    def copy(self, place: int, other: "Looks", there: int) -> None:
-        """Take down the look that `other` has `there`."""
-        for mine, theirs in zip(self.columns()[1:], other.columns()[1:], strict=True):  # all but the keys
-            mine[place] = theirs[there]
-        if there in other.details:
-            self.details[place] = other.details[there]
 
     def columns(self) -> tuple[Array, ...]:
         """Return every array, in the order in which `of_columns` takes them."""
@@ -99,35 +95,24 @@ class Looks:
         pictures = Pictures(sha256=sha256, perceptual=perceptual, size_px=size_px)
         return cls(keys=keys, stamps=stamps, pictures=pictures, faults=faults, details=details)
 
-    def take(self, places: Array) -> "Looks":
-        """Return the looks at `places`."""
-        new_of = {old: new for new, old in enumerate(places.tolist())} if self.details else {}
-        details = {new_of[old]: detail for old, detail in self.details.items() if old in new_of}
-        return Looks.of_columns([column[places] for column in self.columns()], details)
 
-    def find(self, keys: Array) -> Array:
-        """Return where the look at each of `keys` is, -1 where there is none; these looks are sorted by their keys."""
-        if not len(self):
-            return np.full(len(keys), -1)
-        places = np.searchsorted(self.keys[:, 0], keys[:, 0]).clip(max=len(self) - 1)
-        return np.where((self.keys[places] == keys).all(axis=1), places, -1)
+def path_keys(paths: Iterable[str], count: int) -> Array:
+    """Return the keys of `count` paths."""
+    digests = (hashlib.blake2b(os.fsencode(path), digest_size=16).digest() for path in paths)
+    return np.fromiter(digests, "V16", count).view(np.uint64).reshape(count, 2)
 
 
-def joined(parts: Sequence[Looks]) -> Looks:
-    """Return the looks of all `parts`, one part after the other."""
-    details, first = {}, 0
-    for part in parts:
-        details.update({first + place: detail for place, detail in part.details.items()})
-        first += len(part)
-    columns = zip(*(part.columns() for part in parts), strict=True)
-    return Looks.of_columns([np.concatenate(each) for each in columns], details)
-
-
-def in_turn(shares: Sequence[Looks]) -> Looks:
-    """Return the looks of several processes in the order of the files, of which each took every so-manieth."""
-    places = [range(rank, sum(map(len, shares)), len(shares)) for rank in range(len(shares))]
-    order = np.argsort(np.concatenate([np.asarray(each) for each in places]), kind="stable")
-    return joined(shares).take(order)
+def gather_looks(share: Looks, processes: Processes) -> Looks:
+    """Return the looks of all processes in the order of the files, of which each took every so-manieth."""
+    columns: list[Array] = []
+    for column in share.columns():  # one by one, for each takes its memory several times on its way
+        parts = processes.gather(column)
+        columns.append(np.empty((sum(map(len, parts)), *column.shape[1:]), column.dtype))
+        for rank, part in enumerate(parts):
+            columns[-1][rank :: processes.count] = part
+    all_details = enumerate(processes.gather(share.details))
+    details = {rank + place * processes.count: detail for rank, part in all_details for place, detail in part.items()}
+    return Looks.of_columns(columns, details)
 
 
 def looks_file(cache_folder: Path, root: Path) -> Path | None:
@@ -136,34 +121,79 @@ def looks_file(cache_folder: Path, root: Path) -> Path | None:
     return None if is_inside(folder, root) else folder / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.npz"
 
 
-def read_looks(path: Path) -> Looks:
-    """Return the looks kept in `path`, none where it is absent or corrupt: looking again is all that costs."""
-    expected = Looks.empty([])
-    names = [f"column{number}" for number in range(len(expected.columns()))]
-    kept = read_arrays(path, [*names, "format", "details"])
-    if kept is None or kept["format"] != FORMAT_NUMBER:
-        return expected
-    columns = [kept[name] for name in names]
+def read_looks(path: Path, choose: Callable[[Array], Array]) -> Looks:
+    """Return some of the looks kept in `path`, none if it is absent or corrupt: looking again is all that costs.
+
+    Args:
+        path: The file.
+        choose: Gets all their keys, sorted by the first half, and returns the places of those wanted.
+    """
+    none = Looks.empty(np.empty((0, 2), np.uint64))
+    arrays = each_array(path, ["format", "details", *_column_names()])
+    header = list(islice(arrays, 2))
+    if len(header) < 2 or header[0] != FORMAT_NUMBER:
+        return none
     try:
-        details = {int(place): str(detail) for place, detail in json.loads(kept["details"].tobytes()).items()}
+        all_details = {int(place): str(detail) for place, detail in json.loads(header[1].tobytes()).items()}
     except (ValueError, AttributeError):
-        return expected
-    is_alike = (
-        column.dtype == own.dtype and column.shape[1:] == own.shape[1:] and len(column) == len(columns[0])
-        for column, own in zip(columns, expected.columns(), strict=True)
-    )
-    return Looks.of_columns(columns, details) if all(is_alike) else expected
+        return none
+    columns: list[Array] = []
+    lengths, places = set(), np.empty(0, np.int64)
+    for own, column in zip(none.columns(), arrays, strict=False):
+        lengths.add(column.shape[:1])
+        if column.dtype != own.dtype or column.shape[1:] != own.shape[1:] or len(lengths) > 1 or not column.size:
+            return none
+        if not columns:
+            places = choose(column)
+        columns.append(column[places])
+    return Looks.of_columns(columns, _at_places(all_details, places)) if len(columns) == len(none.columns()) else none
 
 
-def write_looks(path: Path, known: Looks, fresh: Looks) -> None:
-    """Keep `known` looks and `fresh` ones in their place; a disk that refuses is no reason to stop."""
-    lasting = fresh.take(np.flatnonzero(~np.isin(fresh.faults, [FAULTS.index(fault) for fault in PASSING])))
+def known_looks(path: Path, keys: Array) -> Looks:
+    """Return a look at each of `keys`: what is kept in `path` of it, else an empty one."""
+    looks = read_looks(path, lambda kept: _likely_places(kept, keys))
+    if not len(looks):
+        return Looks.empty(keys)
+    unknown = np.flatnonzero((looks.keys != keys).any(axis=1))
+    for column, blank in zip(looks.columns(), Looks.empty(keys[:1]).columns(), strict=True):
+        column[unknown] = blank
+    details = {place: detail for place, detail in looks.details.items() if looks.faults[place] >= 0}
+    return replace(looks, keys=keys, details=details)
+
+
+def write_looks(path: Path, fresh: Looks) -> None:
+    """Keep `fresh` looks among those kept, in the place of theirs; a disk that refuses is no reason to stop."""
+    lasting = np.flatnonzero(~np.isin(fresh.faults, [FAULTS.index(fault) for fault in PASSING]))
     if not len(lasting):
         return
-    whole = joined([lasting, known]) if len(known) else lasting
-    # The first of each key stays, and that is the fresh one.
-    _, firsts = np.unique(whole.keys.view("V16").ravel(), return_index=True)
-    kept = whole.take(firsts[np.argsort(whole.keys[firsts, 0], kind="stable")])
-    details = np.frombuffer(json.dumps(kept.details).encode(), np.uint8)
-    columns = {f"column{number}": column for number, column in enumerate(kept.columns())}
-    write_arrays(path, {"format": np.array(FORMAT_NUMBER), "details": details, **columns})
+    lasting = lasting[np.unique(fresh.keys[lasting, 0], return_index=True)[1]]
+    keys = fresh.keys[lasting]
+    others = read_looks(path, lambda kept: np.flatnonzero((keys[_likely_places(keys, kept)] != kept).any(axis=1)))
+    gaps = np.searchsorted(keys[:, 0], others.keys[:, 0])
+    details = fresh.details | {len(fresh) + place: detail for place, detail in others.details.items()}
+    details = _at_places(details, np.insert(lasting, gaps, np.arange(len(others)) + len(fresh)))
+
+    def arrays() -> Iterator[tuple[str, Array]]:
+        yield "format", np.array(FORMAT_NUMBER)
+        yield "details", np.frombuffer(json.dumps(details).encode(), np.uint8)
+        for name, mine, theirs in zip(_column_names(), fresh.columns(), others.columns(), strict=True):
+            yield name, np.insert(mine[lasting], gaps, theirs, axis=0) if len(others) else mine[lasting]
+
+    write_arrays(path, arrays())
+
+
+def _column_names() -> list[str]:
+    return [f"column{number}" for number in range(6)]
+
+
+def _likely_places(sorted_keys: Array, keys: Array) -> Array:
+    """Return where each of `keys` is among the `sorted_keys`, if it is there."""
+    return np.searchsorted(sorted_keys[:, 0], keys[:, 0]).clip(max=len(sorted_keys) - 1)
+
+
+def _at_places(details: dict[int, str], places: Array) -> dict[int, str]:
+    """Return the `details` of what is now at each of `places`, by its place among them."""
+    if not details:
+        return {}
+    found = np.flatnonzero(np.isin(places, list(details)))
+    return {place: details[there] for place, there in zip(found.tolist(), places[found].tolist(), strict=True)}

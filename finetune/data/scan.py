@@ -14,7 +14,17 @@ import numpy as np
 from finetune.data.csv_files import write_csv
 from finetune.data.decode import Pixels, decode_image, file_state, image_size, perceptual_hash, read_image_file
 from finetune.data.listing import Listing
-from finetune.data.looks import FAULTS, Look, Looks, Stamp, in_turn, looks_file, read_looks, write_looks
+from finetune.data.looks import (
+    FAULTS,
+    Look,
+    Looks,
+    Stamp,
+    gather_looks,
+    known_looks,
+    looks_file,
+    path_keys,
+    write_looks,
+)
 from finetune.data.table import SPLITS, ImageRow, ImageTable, Split
 from finetune.errors import DataError, ImageError, ImageFault, first_ten
 from finetune.runs.processes import ALONE, Processes
@@ -87,20 +97,17 @@ def scan_images(
     short_side_px = onlooker.short_side_px if onlooker else SHORT_SIDE_PX
     rows = processes.share(listing.rows)
     cache_file = looks_file(cache_folder, listing.root) if cache_folder else None
-    known = read_looks(cache_file) if cache_file else Looks.empty([])
-    looks = Looks.empty(_paths(listing.root, rows))
-    places_known = known.find(looks.keys)
+    keys = path_keys(_paths(listing.root, rows), len(rows))
+    looks = known_looks(cache_file, keys) if cache_file else Looks.empty(keys)
     has_fresh, look_at = False, partial(_look_at, short_side_px=short_side_px, onlooker=onlooker)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         # Whole batches, so that decoding threads and an onlooker that computes do not fight for the same cores.
         for start in range(0, len(rows), _FILES_AT_ONCE):
-            there = places_known[start : start + _FILES_AT_ONCE].tolist()
-            before = [None if place < 0 else Stamp(*known.stamps[place].tolist()) for place in there]
-            batch = pool.map(look_at, _paths(listing.root, rows[start : start + _FILES_AT_ONCE]), before)
+            several = slice(start, start + _FILES_AT_ONCE)
+            before = [Stamp(*stamp) for stamp in looks.stamps[several].tolist()]
+            batch = pool.map(look_at, _paths(listing.root, rows[several]), before)
             for place, (look, prepared) in enumerate(list(batch), start):
-                if look is None:
-                    looks.copy(place, known, there[place - start])
-                else:
+                if look:
                     has_fresh = True
                     looks.put(place, look)
                 if onlooker and look and prepared is not None:
@@ -108,9 +115,9 @@ def scan_images(
                 if progress:
                     progress(place + 1, len(rows))
     if processes.count > 1:
-        looks, has_fresh = in_turn(processes.gather(looks)), processes.any(has_fresh)
+        looks, has_fresh = gather_looks(looks, processes), processes.any(has_fresh)
     if cache_file and has_fresh and processes.is_main:
-        write_looks(cache_file, known, looks)
+        write_looks(cache_file, looks)
     return _scan_of(listing, looks)
 
 
@@ -162,9 +169,7 @@ def require_few_bad(scan: Scan, *, allow_bad_images: bool = False) -> None:
         )
 
 
-def _look_at(
-    path: str, before: Stamp | None, *, short_side_px: int, onlooker: Onlooker | None
-) -> tuple[Look | None, Any]:
+def _look_at(path: str, before: Stamp, *, short_side_px: int, onlooker: Onlooker | None) -> tuple[Look | None, Any]:
     """Decode the file at `path` and return what an onlooker made of it too; None if it is as it was `before`."""
     try:
         size_bytes, mtime_ns = file_state(path)  # before reading, so that a change in between shows in the next scan

@@ -179,7 +179,7 @@ def _columns(shard: Path, names: Sequence[str]) -> Mapping[str, Array]:
     if kept is None or not np.array_equal(kept["stamp"], stamp):
         kept = {"stamp": stamp, **_index(_samples(shard))}
         if may_keep:
-            write_arrays(file, kept)
+            write_arrays(file, kept.items())
     return kept
 
 

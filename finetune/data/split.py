@@ -10,6 +10,7 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from finetune.data.copies import find_copies
 from finetune.data.csv_files import read_csv, write_csv
 from finetune.data.table import SPLITS, Array, ImageRow, ImageTable, Rows, Split, sort_by_path
 from finetune.errors import ConfigError, DataError, RunError, first_ten
@@ -129,43 +130,49 @@ def components(rows: Rows) -> Array:
     pictures = rows.own_pictures()
     edges = []
     first = len(rows)
-    for keys_M in (rows.group_codes, _numbered(pictures.sha256), _numbered(pictures.perceptual)):
-        present = np.flatnonzero(keys_M >= 0)
-        _, inverse, counts = np.unique(keys_M[present], return_inverse=True, return_counts=True)
-        is_shared = counts[inverse] > 1
-        edges.append(np.stack([present[is_shared], first + inverse[is_shared]]))
-        first += len(counts)
+    for places, numbers in (_members(rows.group_codes), find_copies(pictures.sha256), find_copies(pictures.perceptual)):
+        edges.append(np.stack([places, first + numbers]).astype(np.int32))
+        first += int(numbers.max(initial=-1)) + 1
     ends = np.concatenate(edges, axis=1)
     graph = coo_matrix((np.ones(ends.shape[1], np.int8), ends), shape=(first, first))
-    numbers: Array = connected_components(graph, directed=False)[1][: len(rows)]
-    return numbers
+    component_M: Array = connected_components(graph, directed=False)[1][: len(rows)]
+    return component_M
 
 
-def _numbered(hashes: Array) -> Array:
-    """Return a number for each row of (M, 32) bytes, the same for equal ones; -1 where all are zero."""
-    _, numbers = np.unique(hashes.view(f"V{hashes.shape[1]}").ravel(), return_inverse=True)
-    return np.where(hashes.any(axis=1), numbers, -1)
+def _members(group_codes_M: Array) -> tuple[Array, Array]:
+    """Return the places of the rows that have a group, and its number."""
+    places = np.flatnonzero(group_codes_M >= 0)
+    return places, group_codes_M[places]
 
 
 def _choose_valid(rows: Rows, seed: int, valid_fraction: float) -> Array:
     """Return which of the rows, sorted by path, to hold back."""
-    _, firsts, component_M = np.unique(components(rows), return_index=True, return_inverse=True)
-    # A hash gives the order, not a generator: so it depends neither on the order of rows nor on a library's version.
-    digests = b"".join(_digest(seed, rows.paths[place]) for place in rows.places_M[firsts].tolist())
-    order = np.lexsort(np.frombuffer(digests, ">u8").reshape(len(firsts), 4).T[::-1])
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    division = _Division(rows.label_column.names, rank[component_M], rows.label_codes, valid_fraction)
+    component_M = _shuffled_components(rows, seed)
+    division = _Division(rows.label_column.names, component_M, rows.label_codes, valid_fraction)
     division.check_separable()
-    for index in range(len(order)):
+    for index in range(len(division.is_valid)):
         if division.change(index).distance < 0:
             division.flip(index)
     division.cover_every_class()
-    return division.is_valid[rank[component_M]]
+    return division.is_valid[component_M]
 
 
-def _digest(seed: int, image_path: str) -> bytes:
-    return hashlib.sha256(f"{seed}:{image_path}".encode(errors="surrogateescape")).digest()
+def _shuffled_components(rows: Rows, seed: int) -> Array:
+    """Return the component of each of the rows, sorted by path, numbered in the order in which they may be held back.
+
+    A hash gives the order, not a generator: so it depends neither on the order of rows nor on a library's version.
+    """
+    _, firsts, component_M = np.unique(components(rows), return_index=True, return_inverse=True)
+    hashes = (_hash(seed, rows.paths[place]) for place in rows.places_M[firsts])
+    order = np.argsort(np.fromiter(hashes, np.uint64, len(firsts)), kind="stable")
+    rank = np.empty(len(order), np.int32)
+    rank[order] = np.arange(len(order))
+    return rank[component_M]
+
+
+def _hash(seed: int, image_path: str) -> int:
+    digest = hashlib.sha256(f"{seed}:{image_path}".encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 class _Change(NamedTuple):

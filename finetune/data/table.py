@@ -198,7 +198,7 @@ class Rows(Sequence[ImageRow]):
 
     def with_pictures(self, pictures: Pictures) -> "Rows":
         """Return the rows with what a scan found of them, row by row."""
-        if np.array_equal(self.places_M, np.arange(len(self.paths))):
+        if self._are_whole():
             return self._with(pictures=pictures)
         whole = Pictures.empty(len(self.paths))
         for name in ("sha256", "perceptual", "size_px"):
@@ -206,13 +206,15 @@ class Rows(Sequence[ImageRow]):
         return self._with(pictures=whole)
 
     def own_pictures(self) -> Pictures:
-        """Return what a scan found of these rows, row by row."""
+        """Return what a scan found of these rows, row by row; not to be written to."""
+        if self._are_whole():
+            return self.pictures
         columns = {name: getattr(self.pictures, name)[self.places_M] for name in ("sha256", "perceptual", "size_px")}
         return Pictures(**columns)
 
     def image_paths(self) -> Iterator[str]:
         """Iterate over the paths."""
-        return (self.paths[place] for place in self.places_M.tolist())
+        return (self.paths[place] for place in map(int, self.places_M))  # a list of them is large
 
     @property
     def split_codes(self) -> Array:
@@ -228,6 +230,10 @@ class Rows(Sequence[ImageRow]):
     def group_codes(self) -> Array:
         """The group of each row as its place in `group_column.names`, -1 for None, (M,) int32."""
         return np.frombuffer(self.group_column.codes, np.int32)[self.places_M]
+
+    def _are_whole(self) -> bool:
+        """Tell whether the columns are of these rows, in this order."""
+        return np.array_equal(self.places_M, np.arange(len(self.paths)))
 
     def _with(self, **changes: Any) -> "Rows":
         changed = object.__new__(Rows)

@@ -474,7 +474,7 @@ def test_corrupt_cache_is_ignored(content, data, tmp_path):
     (file,) = (tmp_path / "cache").rglob("*.npz")
     file.write_bytes(file.read_bytes()[:-9] if content is None else content)
     assert scan_images(list_images(data.path), cache_folder=tmp_path / "cache") == first
-    assert len(read_looks(file)) == 2, "a sound cache is written in its place"
+    assert len(read_looks(file, lambda keys: np.arange(len(keys)))) == 2, "a sound cache is written in its place"
 
 
 def test_cache_of_another_format_is_ignored(data, tmp_path, decoded, monkeypatch):

@@ -64,7 +64,7 @@ def test_two_processes_train_what_one_does_and_save_what_one_can_go_on_with(data
 
 def test_batch_norm_and_a_frozen_body_are_divided_too(data: Path, tmp_path: Path) -> None:
     network = ["--model", "timm/test_resnet", "--no-use-pretrained", "--image-size", "32"]
-    options = [*network, *LOOP, "--sync-batch-norm", "--scenario", "large-different", "--phases", "top1:1,all:2"]
+    options = [*network, *LOOP, "--sync-batch-norm", "--scenario", "large-different", "--phases", "head:1,all:1"]
     runs = [tmp_path / "one", tmp_path / "two"]
     assert main(["train", str(data), *options, "--output", str(runs[0])]) == 0
     done = launch("-m", "finetune", "train", str(data), *options, "--output", str(runs[1]))

@@ -23,7 +23,8 @@ class TrainConfig:
     """One training run. Whatever is "auto" is resolved from the data and the machine, once, before training."""
 
     data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]] = ""
-    """Folder or CSV of labelled images: DATA/{train,valid,test}/CLASS/*, DATA/CLASS/* or image_path,label[,split]."""
+    """Folder or CSV of labelled images: DATA/{train,valid,test}/CLASS/*, DATA/CLASS/*, DATA/train-000000.tar … (shards
+    of WebDataset) or image_path,label[,split]."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
     """Run folder to write; by default runs/<data>-<model>, then -2, -3 …"""
     overwrite: bool = False

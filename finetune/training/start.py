@@ -85,20 +85,7 @@ def start_network(
         baselines = study.baselines
     advice = choose(evidence, requested=None if requested == "auto" else requested, has_body=has_body)
     frozen = frozen_count(advice.scenario, backbone.module, backbone.stages, images_per_class=evidence.images_per_class)
-    planned = partial(
-        make_plan,
-        scenario=advice.scenario,
-        frozen_stages=tuple(stage.name for stage in backbone.stages[:frozen]),
-        can_solve_head=can_load_linear_head(backbone.module),
-        has_batch_norm=any(isinstance(module, _BatchNorm) for module in backbone.module.modules()),
-        images=len(train_N),
-    )
-    plan = planned(config)
-    if config.batch_size == "auto" and (plan.epochs or config.phases):
-        freeze_stages(backbone.module, backbone.stages, frozen)
-        size = processes.from_main(lambda: _batch_size(config, backbone, plan, len(train_N), processes.count))
-        reporter.say(f"Batches of {size} images.")
-        plan = planned(replace(config, batch_size=size))
+    plan = _plan(config, backbone, advice.scenario, frozen, len(train_N), processes=processes, reporter=reporter)
     phases = plan_phases(plan, parse_phases(config.phases), [stage.name for stage in backbone.stages])
     plans = processes.from_main(
         lambda: tuple(
@@ -120,10 +107,42 @@ def start_network(
     return plans
 
 
-def _batch_size(config: TrainConfig, backbone: Backbone, plan: Plan, images: int, processes: int) -> int:
+def _plan(
+    config: TrainConfig,
+    backbone: Backbone,
+    scenario: Scenario,
+    frozen: int,
+    images: int,
+    *,
+    processes: Processes,
+    reporter: Reporter,
+) -> Plan:
+    """Plan a training of what lies above the `frozen` stages, with a batch size that is measured where it is "auto"."""
+    planned = partial(
+        make_plan,
+        scenario=scenario,
+        frozen_stages=tuple(stage.name for stage in backbone.stages[:frozen]),
+        can_solve_head=can_load_linear_head(backbone.module),
+        has_batch_norm=any(isinstance(module, _BatchNorm) for module in backbone.module.modules()),
+        images=images,
+    )
+    plan = planned(config)
+    if config.batch_size != "auto" or not (plan.epochs or config.phases):
+        return plan
+    freeze_stages(backbone.module, backbone.stages, frozen)
     device = next(backbone.module.parameters()).device
-    precision = resolve_precision(config.precision, device, backbone.module)
-    return fastest_batch_size(backbone, plan, images=images, processes=processes, device=device, precision=precision)
+    size = processes.from_main(
+        lambda: fastest_batch_size(
+            backbone,
+            plan,
+            images=images,
+            processes=processes.count,
+            device=device,
+            precision=resolve_precision(config.precision, device, backbone.module),
+        )
+    )
+    reporter.say(f"Batches of {size} images.")
+    return planned(replace(config, batch_size=size))
 
 
 def _evidence(study: Study, trunk_pass: TrunkPass, backbone: Backbone) -> Evidence:

@@ -521,7 +521,9 @@ def scan_with_bad(data, *, good, bad, split="train"):
 
 
 def test_one_percent_of_training_images_may_be_bad(data):
-    require_few_bad(scan_with_bad(data, good=99, bad=1))
+    scan = scan_with_bad(data, good=99, bad=1)
+    assert len(scan.bad_files) == 1
+    require_few_bad(scan)
 
 
 def test_more_than_one_percent_is_refused(data):

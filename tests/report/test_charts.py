@@ -223,7 +223,8 @@ def test_the_users_own_matplotlib_settings_neither_leak_in_nor_change(images_NHW
 
 def test_charts_load_neither_torch_nor_pyplot():
     code = "import sys, finetune.report.charts; sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(charts.__file__).parents[2], check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(charts.__file__).parents[2], check=False)
+    assert done.returncode == 0
 
 
 class TestRateSweep:

@@ -255,7 +255,8 @@ finally:
 
 
 def test_a_child_forked_at_the_wrong_moment_holds_nothing(cache: Path) -> None:
-    subprocess.run([sys.executable, "-c", FORK, str(cache)], check=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", FORK, str(cache)], check=False, timeout=30)
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize("clean", [lambda: prune_cache(0), clear_cache])

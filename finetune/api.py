@@ -54,8 +54,8 @@ from finetune.training.folds import train_folds
 from finetune.training.opening import list_data, opened_run, require_outside
 from finetune.training.rate_finder import RateSweep, sweep_rates
 from finetune.training.run import run_job
-from finetune.training.study import study_images
-from finetune.training.tune import Tuning, opened_study, search_options
+from finetune.training.study import is_sampled, sample_to_study, study_images
+from finetune.training.tune import Tuning, opened_study, search_options, searched_options
 
 Pathlike = str | os.PathLike[str]
 
@@ -173,6 +173,7 @@ def tune(
         raise ConfigError("a search trains in one process", "tune without a launcher such as torchrun")
     deadline = time.monotonic() + parse_seconds(timeout) if timeout else math.inf
     asked = _whole_config(data, config, options)
+    searched = searched_options(asked, search)
     listing = list_data(asked)
     folder = asked.output or next_free_folder(asked.data, "tune")
     require_outside(folder, asked, listing)
@@ -186,7 +187,7 @@ def tune(
             folder,
             listing,
             reporter or LoggingReporter(),
-            names=tuple(search),
+            searched=searched,
             trials=trials,
             deadline=deadline,
         )
@@ -224,13 +225,14 @@ def predict(
     batch_size: int = 32,
     device: str = "auto",
 ) -> Iterator[Prediction | FailedPrediction]:
-    """Predict files, folders and patterns one after the other; an unreadable image yields its reason.
+    """Predict files, folders, shards and patterns one after the other; an unreadable image yields its reason.
 
     With `dense` the network slides over the whole of each picture, one picture at a time, and its scores are averaged.
 
     Raises:
         RunError, ModelError: The model cannot be loaded, or its network cannot slide.
-        PredictionInputError: A folder holds no image, or a pattern matches nothing.
+        DataError: A shard named outright cannot be read.
+        PredictionInputError: An input holds no image, or a pattern matches nothing.
     """
     processes = join_processes(device)
     paths = processes.from_main(lambda: find_inputs(inputs))
@@ -311,11 +313,20 @@ def advise(
     with TrunkPass(
         pooled_trunk(backbone), data_root=listing.root, images=len(listing.rows), device=place, reporter=reporter
     ) as trunk_pass:
-        images = read_images(Path(data), listing=listing, onlooker=trunk_pass, reporter=reporter)
+        is_part = is_sampled(len(listing.rows), classes=len(listing.class_names))
+        onlooker = None if is_part else trunk_pass
+        images = read_images(Path(data), listing=listing, onlooker=onlooker, reporter=reporter)
         require_trainable(images.diagnosis)
         table = split_table(images.scan.table, seed=seed)
-        study = study_images(trunk_pass, table, images.label_map, seed=seed, reporter=reporter)
-    evidence = measure(study.train, study.probe, is_pretrained=backbone.is_pretrained, device=place)
+        part = sample_to_study(table, seed=seed) if is_part else table
+        study = study_images(trunk_pass, part, images.label_map, seed=seed, reporter=reporter)
+    evidence = measure(
+        study.train,
+        study.probe,
+        class_indices_N=table.select("train").class_indices(images.label_map),
+        is_pretrained=backbone.is_pretrained,
+        device=place,
+    )
     return choose(evidence, has_body=len(backbone.stages) > 1)
 
 

@@ -42,17 +42,25 @@ class Evidence:
         return max(0.0, (reached - self.majority_accuracy) / (1 - self.majority_accuracy))
 
 
-def measure(train: Features, probe: Probe | None, *, is_pretrained: bool, device: torch.device = CPU) -> Evidence:
+def measure(
+    train: Features,
+    probe: Probe | None,
+    *,
+    class_indices_N: np.ndarray[Any, Any],
+    is_pretrained: bool,
+    device: torch.device = CPU,
+) -> Evidence:
     """Gather the evidence from the features of the training images and the probe solved on them.
 
     Args:
-        train: Features of the training images.
+        train: Features of the training images, or of a sample of them.
         probe: The linear probe solved on `train`, if there is one.
+        class_indices_N: Of all training images.
         is_pretrained: Whether the network that made the features had learned anything before.
         device: Where to look for neighbours.
     """
     return replace(
-        count_images(train.class_indices_N),
+        count_images(class_indices_N),
         knn_accuracy=leave_one_out_accuracy(train, device=device),
         probe_accuracy=probe.accuracy if probe else None,
         probe_spread=probe.spread if probe else None,

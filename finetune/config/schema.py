@@ -30,7 +30,8 @@ class TrainConfig:
     overwrite: bool = False
     """Empty a run folder that is there already."""
     resume: bool = False
-    """Go on from the last checkpoint of the run folder."""
+    """Go on from the last checkpoint of the run folder. With more --epochs than before, also of a training that has
+    ended: from here on its rates are those that the longer schedule has at this step."""
     seed: int = 0
     """Seed of the split, the order of the images, the augmentation and the new head; 0 or more."""
 
@@ -79,7 +80,8 @@ class TrainConfig:
     augmentation: Literal["none", "light", "flowers", "trivial", "affine", "crop-flip", "alexnet"] = "light"
     """Random changes of the training images: light crops and flips; flowers also rotates and changes colours; trivial
     is light with TrivialAugment (Müller 2021, arXiv 2103.10158); affine turns and shifts a little and never mirrors;
-    crop-flip is for tiny images; alexnet crops, flips and changes the light (Krizhevsky 2012)."""
+    crop-flip is for tiny images; alexnet crops, flips and changes the light (Krizhevsky 2012). With 5 images a class or
+    fewer, the solved head learns from 4 views by light or affine as well."""
     random_erasing: float = 0.0
     """Share of the training images of which a random rectangle is made grey (Zhong 2017, arXiv 1708.04896); 0 to 1."""
     mixup: float = 0.0
@@ -96,7 +98,8 @@ class TrainConfig:
     """Passes over the training images; auto is 0 where the solved head is all that learns."""
     budget: Annotated[str, tyro.conf.arg(metavar="TIME")] = ""
     """Time that the whole run may take, such as 90s, 10m or 2h: the first steps are measured, epochs and, where that is
-    "auto", image size are made to fit, and the best so far is there in time."""
+    "auto", image size are made to fit, and the best so far is there in time. Each image is looked at once: without the
+    views that few images have otherwise."""
     batch_size: int | Auto = 32
     """Images a step; 32 keeps BatchNorm's statistics usable and the memory of a laptop free. auto measures whether 64,
     or with adam and adamw 128, make an image cheaper; the default rates are for such sizes."""

@@ -1,6 +1,5 @@
 """One pass of the frozen layers over the images: what the cache holds is read, the rest computed and kept."""
 
-import hashlib
 import os
 import threading
 import time
@@ -13,10 +12,9 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from finetune.data.decode import Pixels, decode_image, read_image_file
+from finetune.data.decode import Pixels, decode_image, read_scanned_file
 from finetune.data.table import ImageRow, ImageTable
 from finetune.data.transforms import evaluation_transform, to_tensor, training_transform
-from finetune.errors import DataError
 from finetune.features.cache import ActivationCache, View, open_activations, open_exports, present
 from finetune.features.engine import TrunkEngine
 from finetune.features.trunk import Trunk
@@ -78,8 +76,12 @@ class TrunkPass:
         self.seconds = 0.0
         self.computing_seconds = 0.0
         self._began = 0.0
+        self._trunk = trunk
+        self._data_root = data_root
         self._view = view
-        self._processes = processes
+        self._precision = precision
+        self.processes = processes
+        self._reporter = reporter
         self._transform = training_transform(spec, view.augmentation) if view else evaluation_transform(spec)
         self._exports = open_exports(trunk, data_root) if device.type == "cpu" else None
         self.engine = TrunkEngine(
@@ -104,6 +106,22 @@ class TrunkPass:
         self.cache.close()
         if self._exports:
             self._exports.close()
+
+    def of_view(self, view: View, *, images: int) -> "TrunkPass":
+        """Return a pass over a view of the same images, by the same engine; it ends before this one does."""
+        view_pass = TrunkPass(
+            self._trunk,
+            data_root=self._data_root,
+            images=images,
+            device=self.engine.device,
+            reporter=self._reporter,
+            view=view,
+            precision=self._precision,
+            processes=self.processes,
+        )
+        view_pass.engine = self.engine
+        self.engine.images += images
+        return view_pass
 
     def prepare(self, image_HWC: Pixels, sha256: str) -> torch.Tensor | None:
         """Return the picture as the network takes it, (C, H, W) float32; None if the cache has its activations."""
@@ -149,11 +167,11 @@ class TrunkPass:
             DataError: A file has changed since it was scanned.
         """
         self.flush()
-        if self._processes.count > 1:
-            for share in (self._processes.share, self._processes.local_share):
-                self._processes.wait()  # until all others have put what they computed
+        if self.processes.count > 1:
+            for share in (self.processes.share, self.processes.local_share):
+                self.processes.wait()  # until all others have put what they computed
                 self._fill(table, share(table.rows), reporter)
-            self._processes.wait()
+            self.processes.wait()
         self._fill(table, table.rows, reporter)
 
     def _fill(self, table: ImageTable, rows: Sequence[ImageRow], reporter: Reporter) -> None:
@@ -202,7 +220,5 @@ class TrunkPass:
         }
 
     def _read(self, table: ImageTable, row: ImageRow) -> torch.Tensor | None:
-        data = read_image_file(table.path(row))
-        if hashlib.sha256(data).hexdigest() != row.sha256:
-            raise DataError(f"{table.path(row)} has changed since it was looked at", "start again")
+        data = read_scanned_file(table.path(row), row.sha256)
         return self.prepare(decode_image(data, short_side_px=self.short_side_px, name=row.image_path), row.sha256)

@@ -1,6 +1,7 @@
 """The linear probe: a multinomial logistic head on frozen features, solved to its optimum and scored honestly."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -13,7 +14,8 @@ from finetune.errors import ModelError
 from finetune.features.extract import Features
 from finetune.features.solver import BARRED, Problems, solve
 
-# Shapes: N images, D features, A axes that the features span, R = A and one for the bias, K classes, F folds.
+# Shapes: N images (views of them too), D features, A axes that the features span, R = A and one for the bias,
+# K classes, F folds.
 
 Array = np.ndarray[Any, Any]
 
@@ -120,7 +122,13 @@ class _Trial(NamedTuple):
 
 
 def solve_probe(
-    train: Features, *, class_count: int, seed: int, class_weights_K: Array | None = None, device: torch.device = CPU
+    train: Features,
+    *,
+    views: Sequence[Array] = (),
+    class_count: int,
+    seed: int,
+    class_weights_K: Array | None = None,
+    device: torch.device = CPU,
 ) -> Probe:
     """Solve the L2-regularised multinomial logistic regression on features that scatter alike within the classes.
 
@@ -132,6 +140,8 @@ def solve_probe(
 
     Args:
         train: Features of the training images.
+        views: Features of augmented views of them, (N, D) each, to learn from too: an image and its views count as one
+            image. A fold holds out an image with all its views, and is scored on the image itself.
         class_count: K; a class without images gets a bias far below the others.
         seed: Decides which images each fold holds out.
         class_weights_K: How much an image of each class counts, 0 or more, in the solution and in the log loss that
@@ -141,9 +151,10 @@ def solve_probe(
     Raises:
         ModelError: A feature is not a finite number.
     """
-    classes_N = train.class_indices_N
-    image_weights_N = (np.ones(class_count) if class_weights_K is None else class_weights_K)[classes_N]
-    axes = find_axes(train.features_ND, device)
+    copies = 1 + len(views)
+    classes_N = np.tile(train.class_indices_N, copies)
+    image_weights_N = (np.ones(class_count) if class_weights_K is None else class_weights_K)[classes_N] / copies
+    axes = find_axes(np.concatenate([train.features_ND, *views]) if views else train.features_ND, device)
     class_indices_N = torch.tensor(classes_N, device=device)
     basis_RR = axes.within(class_indices_N)
     problem = Problems(
@@ -152,8 +163,8 @@ def solve_probe(
         image_weights_BN=torch.tensor(image_weights_N[None], dtype=torch.float32, device=device),
         class_count=class_count,
     )
-    held_out_FN = _held_out(classes_N, seed)
-    best = _best_trial(problem, axes, torch.from_numpy(held_out_FN).to(device)) if len(held_out_FN) else None
+    held_out_FN = torch.from_numpy(_held_out(train.class_indices_N, seed)).to(device)
+    best = _best_trial(problem, axes, held_out_FN, copies=copies) if len(held_out_FN) else None
     strength, start_1KR = (best.strength, _between(best.weight_FKR)) if best else (USUAL_STRENGTH, problem.start())
     weight_1KR = solve(problem, strength=strength, start_BKR=start_1KR)
     weight_KD, bias_K = axes.raw_head(_settle(weight_1KR)[0] @ basis_RR.T)
@@ -212,16 +223,20 @@ def _held_out(class_indices_N: Array, seed: int) -> Array:
     return kept_FN
 
 
-def _best_trial(problem: Problems, axes: Axes, held_out_FN: Tensor) -> _Trial:
-    """Try the strengths and return the one with the least log loss on what the folds hold out.
+def _best_trial(problem: Problems, axes: Axes, held_out_FN: Tensor, *, copies: int) -> _Trial:
+    """Try the strengths and return the one with the least log loss on the images that the folds hold out.
+
+    They are the first of the `problem`, and held out is an image in all its `copies`.
 
     The strongest regularisation comes first, and each solution starts from the line through the two before it, until
     the log loss rises: behind its minimum lie the solutions that overfit, and they take the longest to find.
     """
+    left_out_FN = held_out_FN.tile(copies)
+    scored_FN = pad(held_out_FN, (0, left_out_FN.shape[1] - held_out_FN.shape[1]))
     folds = replace(
         problem,
-        features_BNR=_fold_features(problem, axes, held_out_FN),
-        image_weights_BN=problem.image_weights_BN * ~held_out_FN,
+        features_BNR=_fold_features(problem, axes, left_out_FN),
+        image_weights_BN=problem.image_weights_BN * ~left_out_FN,
     )
     weight_FKR = before_FKR = folds.start()
     weight_sum = float(problem.image_weights_BN.sum())
@@ -233,8 +248,8 @@ def _best_trial(problem: Problems, axes: Axes, held_out_FN: Tensor) -> _Trial:
         start_FKR = 2 * weight_FKR - before_FKR
         tolerance = FOLD_TOLERANCE * max(loss / FINE_LOSS, 1) ** 2 * weight_sum
         before_FKR, weight_FKR = weight_FKR, solve(folds, strength=strength, start_BKR=start_FKR, tolerance=tolerance)
-        counting_FN = problem.image_weights_BN * held_out_FN * is_known_FN
-        trial = _score(replace(folds, image_weights_BN=counting_FN), held_out_FN, strength, weight_FKR)
+        counting_FN = problem.image_weights_BN * scored_FN * is_known_FN
+        trial = _score(replace(folds, image_weights_BN=counting_FN), scored_FN, strength, weight_FKR)
         if best and trial.loss_F.mean() > best.loss_F.mean():
             break
         best, loss = trial, float(trial.loss_F.mean())

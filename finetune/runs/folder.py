@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,13 +95,16 @@ class RunFolder:
         """Append one event to metrics.jsonl.
 
         Raises:
-            StorageError: The disk is full or refuses.
+            StorageError: The disk is full or refuses; nothing was appended.
         """
         line = strict_json.dump({"event": event, **values}) + "\n"
+        before = self.metrics.stat().st_size if self.metrics.exists() else 0
         try:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
+            with suppress(OSError):  # part of the line may be there
+                os.truncate(self.metrics, before)
             raise StorageError(
                 f"cannot write {self.metrics}: {error.strerror}", "free some space, then --resume"
             ) from error
@@ -175,12 +178,6 @@ def open_run(
         )
     if overwrite and (foreign := names - RUN_NAMES):
         raise RunError(f"{path} holds files of other origin: {first_ten(sorted(foreign))}", "choose another --output")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"cannot create the run folder {path}: {error.strerror}", "choose another --output"
-        ) from error
     with hold_folder(path, patience_seconds=patience_seconds):
         if overwrite or is_leftover:
             _empty(path)
@@ -221,7 +218,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise StorageError(
             f"cannot write {path}: {error.strerror}", "free some space or choose another --output"
         ) from error
@@ -266,8 +264,16 @@ def is_training(run: RunFolder) -> bool:
 
 @contextmanager
 def hold_folder(path: Path, *, patience_seconds: float = 0.0) -> Iterator[None]:
-    """Hold the folder at `path` against other processes by its `.lock`, which the kernel frees when this one ends."""
+    """Make the folder `path`, if need be, and hold it against other processes by its `.lock`.
+
+    The kernel frees it when this process ends.
+
+    Raises:
+        RunError: Another process holds it.
+        StorageError: It cannot be made or written to.
+    """
     try:
+        path.mkdir(parents=True, exist_ok=True)
         file = (path / ".lock").open("a+")
     except OSError as error:
         raise StorageError(

@@ -1,5 +1,6 @@
 """The only place where a config becomes objects: images, network, advice, plan, and all that the loop works on."""
 
+import os
 import random
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -37,7 +38,7 @@ from finetune.training.checkpoint import SavedState, read_state, restore_state
 from finetune.training.job import Job, fixed_options
 from finetune.training.plan import Plan, phases_text, plan_phases
 from finetune.training.progress import Progress
-from finetune.training.start import is_studied, start_network
+from finetune.training.start import is_studied, is_studied_by_sample, start_network
 
 OTHER_IMAGES = "the images are not those that training began with"
 ANEW = "train anew with another --output"
@@ -128,7 +129,9 @@ def _new_job(
                     processes=processes,
                 )
             )
-        table, label_map = _images(config, run, listing, onlooker=trunk_pass, processes=processes, reporter=reporter)
+        is_part = is_studied_by_sample(config, images=len(listing.rows), classes=len(listing.class_names))
+        onlooker = None if is_part else trunk_pass
+        table, label_map = _images(config, run, listing, onlooker=onlooker, processes=processes, reporter=reporter)
         plans = start_network(
             config,
             run,
@@ -363,4 +366,4 @@ def _refuse_other_phases(
 def _forget_later_events(run: RunFolder, saved: SavedState) -> None:
     """Cut metrics.jsonl back to where the saved state left it: what came after will happen again."""
     with run.metrics.open("r+b") as file:
-        file.truncate(saved.values["metrics_bytes"])
+        file.truncate(min(saved.values["metrics_bytes"], file.seek(0, os.SEEK_END)))  # less after a power cut

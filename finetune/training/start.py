@@ -9,7 +9,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.advice.choose import choose
-from finetune.advice.measure import Evidence, count_images, measure
+from finetune.advice.measure import count_images, measure
 from finetune.config.phases import parse_phases
 from finetune.config.schema import TrainConfig
 from finetune.data.table import ImageTable
@@ -28,7 +28,14 @@ from finetune.training.batch_size import fastest_batch_size
 from finetune.training.boundary import weigh_boundary
 from finetune.training.objectives import balanced_class_weights
 from finetune.training.plan import Plan, make_plan, plan_phases
-from finetune.training.study import Baselines, Study, majority_accuracy, study_images
+from finetune.training.study import (
+    Baselines,
+    Study,
+    is_sampled,
+    majority_accuracy,
+    sample_to_study,
+    study_images,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -39,6 +46,11 @@ def is_studied(config: TrainConfig, backbone: Backbone) -> bool:
     One with random layers is not, unless they are to stay as they are.
     """
     return backbone.is_pretrained or len(backbone.stages) == 1 or _requested(config) not in ("auto", "large-different")
+
+
+def is_studied_by_sample(config: TrainConfig, *, images: int, classes: int) -> bool:
+    """Tell whether a sample of so many images is studied: not where no more than the head is asked to learn."""
+    return _requested(config) != "small-similar" and is_sampled(images, classes=classes)
 
 
 def start_network(
@@ -71,18 +83,29 @@ def start_network(
     evidence = count_images(train_N)
     baselines = Baselines(majority=majority_accuracy(train_N, valid_N))
     if trunk_pass:
+        is_part = is_studied_by_sample(config, images=len(table), classes=len(label_map))
         study = study_images(
             trunk_pass,
-            table,
+            sample_to_study(table, seed=config.seed) if is_part else table,
             label_map,
             with_probe=config.head != "knn" and (has_body or config.loss == "cross-entropy"),
+            augmentation="none" if config.budget else config.augmentation,  # which has time for one look at each image
             class_weights_K=_class_weights(config, train_N, len(label_map)),
             seed=config.seed,
-            processes=processes,
             reporter=reporter,
         )
-        evidence = processes.from_main(partial(_evidence, study, trunk_pass, backbone))
-        baselines = study.baselines
+        device = trunk_pass.engine.device
+        evidence = processes.from_main(
+            partial(
+                measure,
+                study.train,
+                study.probe,
+                class_indices_N=train_N,
+                is_pretrained=backbone.is_pretrained,
+                device=device,
+            )
+        )
+        baselines = replace(study.baselines, majority=baselines.majority)
     advice = choose(evidence, requested=None if requested == "auto" else requested, has_body=has_body)
     frozen = frozen_count(advice.scenario, backbone.module, backbone.stages, images_per_class=evidence.images_per_class)
     plan = _plan(config, backbone, advice.scenario, frozen, len(train_N), processes=processes, reporter=reporter)
@@ -102,7 +125,7 @@ def start_network(
             run.record("features", trunk_pass.summary())
         run.record("baseline", baselines.to_json())
         if study and study.probe:
-            run.record("probe", {**study.probe.summary(), "head_start": plan.head_start})
+            run.record("probe", {**study.probe.summary(), "views": study.views, "head_start": plan.head_start})
     _tell(reporter, baselines, advice.scenario, advice.reason)
     return plans
 
@@ -143,11 +166,6 @@ def _plan(
     )
     reporter.say(f"Batches of {size} images.")
     return planned(replace(config, batch_size=size))
-
-
-def _evidence(study: Study, trunk_pass: TrunkPass, backbone: Backbone) -> Evidence:
-    device = trunk_pass.engine.device
-    return measure(study.train, study.probe, is_pretrained=backbone.is_pretrained, device=device)
 
 
 def _requested(config: TrainConfig) -> Scenario | Literal["auto"]:

@@ -5,13 +5,23 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.table import ImageTable
+from finetune.data.table import SPLITS, ImageTable
+from finetune.data.transforms import Augmentation
+from finetune.features.cache import View
 from finetune.features.extract import Features, TrunkPass
 from finetune.features.neighbours import neighbour_accuracy
 from finetune.features.probe import Probe, solve_probe
-from finetune.runs.processes import ALONE, Processes
+from finetune.models.freezing import LITTLE_BELOW
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
+
+FEW_IMAGES = 5
+"""Images a class up to which the probe learns from augmented VIEWS of each too (tests/benchmarks/probe_views.py)."""
+VIEWS = 4
+MANY_IMAGES = 500_000
+"""Images above which a sample is studied, as long as it has many of each class: what fine-tuning starts from."""
+STUDIED_IMAGES = 50_000
+GENTLE: tuple[Augmentation, ...] = ("light", "affine")  # of the others measured there, none gains by it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +46,8 @@ class Study:
     """What the frozen network makes of the images."""
 
     train: Features
+    views: int
+    """Augmented views of every training image that the probe has learned from, beside the image itself."""
     probe: Probe | None
     baselines: Baselines
 
@@ -46,38 +58,49 @@ def study_images(
     label_map: LabelMap,
     *,
     with_probe: bool = True,
+    augmentation: Augmentation = "light",
     class_weights_K: np.ndarray[Any, Any] | None = None,
     seed: int,
-    processes: Processes = ALONE,
     reporter: Reporter,
 ) -> Study:
     """Take the features of the "train" and "valid" images, solve the probe on the first and score both.
 
     Args:
-        trunk_pass: Gives the pooled features.
+        trunk_pass: Gives the pooled features; where several processes share it, the main one solves.
         table: The images, split.
         label_map: Gives each label its class index.
         with_probe: Whether to solve the probe.
+        augmentation: Changes the views that it learns from where there are few images, if it is a GENTLE one.
         class_weights_K: How much an image of each class counts in it; 1 by default.
         seed: Of the folds of its cross-validation.
-        processes: Those that share the features; the main one solves.
         reporter: Shows progress where features have to be computed.
     """
-    device = trunk_pass.engine.device
-    train = trunk_pass.features(table.select("train"), label_map, reporter)
-    held_back = table.select("valid")
+    device, processes = trunk_pass.engine.device, trunk_pass.processes
+    learned_from, held_back = table.select("train"), table.select("valid")
+    train = trunk_pass.features(learned_from, label_map, reporter)
     valid = trunk_pass.features(held_back, label_map, reporter) if len(held_back) else None
-    probe = None
+    probe, views = None, []
     if with_probe:
+        if augmentation in GENTLE and len(train) <= FEW_IMAGES * len(np.unique(train.class_indices_N)):
+            for number in range(VIEWS):
+                view = View(augmentation=augmentation, seed=seed, number=number)
+                with trunk_pass.of_view(view, images=len(train)) as view_pass:
+                    views.append(view_pass.features(learned_from, label_map, reporter).features_ND)
         probe = processes.from_main(
             lambda: solve_probe(
-                train, class_count=len(label_map), seed=seed, class_weights_K=class_weights_K, device=device
+                train,
+                views=views,
+                class_count=len(label_map),
+                seed=seed,
+                class_weights_K=class_weights_K,
+                device=device,
             )
         )
     if valid is None:
-        return Study(train=train, probe=probe, baselines=Baselines(majority=None))
+        return Study(train=train, views=len(views), probe=probe, baselines=Baselines(majority=None))
     return Study(
         train=train,
+        views=len(views),
         probe=probe,
         baselines=Baselines(
             majority=majority_accuracy(train.class_indices_N, valid.class_indices_N),
@@ -85,6 +108,24 @@ def study_images(
             probe=float((probe.predict(valid.features_ND) == valid.class_indices_N).mean()) if probe else None,
         ),
     )
+
+
+def is_sampled(images: int, *, classes: int) -> bool:
+    """Tell whether of so many images of so many classes a sample is enough to study."""
+    return images > MANY_IMAGES and images >= LITTLE_BELOW * classes
+
+
+def sample_to_study(table: ImageTable, *, seed: int) -> ImageTable:
+    """Return STUDIED_IMAGES of "train" and of "valid", from every class in proportion, and at least one."""
+    generator = np.random.default_rng(seed)
+    kept = []
+    for split in ("train", "valid"):
+        own = generator.permutation(np.flatnonzero(table.rows.split_codes == SPLITS.index(split)))
+        by_class = own[np.argsort(table.rows.label_codes[own], kind="stable")]
+        spread = np.linspace(0, len(own) - 1, min(STUDIED_IMAGES, len(own))).round().astype(np.int64)
+        first = np.unique(table.rows.label_codes[by_class], return_index=True)[1]
+        kept.append(by_class[np.union1d(spread, first)])
+    return ImageTable(table.root, table.rows.take(np.sort(np.concatenate(kept))))
 
 
 def majority_accuracy(train_N: np.ndarray[Any, Any], held_out_N: np.ndarray[Any, Any]) -> float | None:

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,7 +67,7 @@ def search_options(
     listing: Listing,
     reporter: Reporter,
     *,
-    names: tuple[str, ...] = (),
+    searched: tuple[str, ...],
     trials: int,
     deadline: float,
 ) -> Tuning:
@@ -82,18 +82,15 @@ def search_options(
         folder: Where the study is or will be.
         listing: The images of DATA.
         reporter: Told of every training.
-        names: The options to search, those of SPACE; by default the usual ones that `config` leaves open.
+        searched: The options to search, as `searched_options` gives them.
         trials: How many trainings there are to be in all.
         deadline: By time.monotonic(), after which none begins.
 
     Raises:
-        ConfigError: An option cannot be searched, or there is nothing to search.
-        MissingExtraError: Optuna is not installed.
         RunError: Nothing was trained.
 
     Source: Akiba 2019, Optuna, arXiv 1907.10902; the tree-structured Parzen estimator of Bergstra 2011.
     """
-    searched = _searched(config, names)
     study = _open_study(folder, seed=config.seed)
     while (number := _finished(study)) < trials and (time.monotonic() < deadline or not number):
         trial = study.ask()
@@ -120,9 +117,11 @@ def opened_study(config: TrainConfig) -> Iterator[TrainConfig]:
 
     Raises:
         ConfigError: An option makes no sense for a study.
+        MissingExtraError: Optuna is not installed.
         RunError: It holds something and `resume` is not asked for, it holds no study, or one of other options.
     """
     assert config.output is not None
+    _import_optuna()
     if config.folds or config.overwrite:
         raise ConfigError("tune takes neither --folds nor --overwrite", "name another --output, or --resume")
     study = RunFolder(config.output)
@@ -131,7 +130,6 @@ def opened_study(config: TrainConfig) -> Iterator[TrainConfig]:
         raise RunError(f"there is no study to go on with in {study.path}", "check --output, or leave --resume out")
     if not config.resume and study.path.exists() and any(study.path.iterdir()):
         raise RunError(f"{study.path} is not empty", "pass --resume to go on with its study, or another --output")
-    study.path.mkdir(parents=True, exist_ok=True)
     config = replace(config, data=str(Path(config.data).resolve()), resume=False, overwrite=False)
     with hold_folder(study.path):
         if not is_there:
@@ -214,7 +212,12 @@ def _assembled(config: TrainConfig, run: RunFolder, listing: Listing) -> Job:
     return assemble(config, run, listing, SilentReporter(), began=time.monotonic())
 
 
-def _searched(config: TrainConfig, names: tuple[str, ...]) -> tuple[str, ...]:
+def searched_options(config: TrainConfig, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the options of SPACE to search: those named, or the usual ones that `config` leaves open.
+
+    Raises:
+        ConfigError: An option cannot be searched, or there is nothing to search.
+    """
     names = tuple(name.replace("-", "_") for name in names)
     if unknown := [name for name in names if name not in SPACE]:
         raise ConfigError(f"these options cannot be searched: {first_ten(unknown)}", nearest(unknown[0], list(SPACE)))
@@ -230,11 +233,16 @@ def _searched(config: TrainConfig, names: tuple[str, ...]) -> tuple[str, ...]:
     return names or free
 
 
-def _open_study(folder: Path, *, seed: int) -> "Study":
+def _import_optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
         raise MissingExtraError("finetune tune needs the package optuna", 'pip install "finetune[tune]"') from error
+    return optuna
+
+
+def _open_study(folder: Path, *, seed: int) -> "Study":
+    optuna = _import_optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         study_name=NAME,

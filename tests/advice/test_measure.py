@@ -24,7 +24,7 @@ def probe(accuracy: float | None, spread: float | None) -> Probe:
 
 def test_images_are_counted_over_the_classes_that_have_any() -> None:
     train = features({0: 6, 2: 3, 5: 1})
-    found = measure(train, probe(0.8, 0.1), is_pretrained=True)
+    found = measure(train, probe(0.8, 0.1), class_indices_N=train.class_indices_N, is_pretrained=True)
     assert (found.images, found.classes, found.smallest_class) == (10, 3, 1)
     assert found.images_per_class == pytest.approx(10 / 3)
     assert found.majority_accuracy == pytest.approx(0.6)
@@ -35,7 +35,9 @@ def test_images_are_counted_over_the_classes_that_have_any() -> None:
 
 def test_features_that_part_the_classes_are_similar() -> None:
     train = features({0: 10, 1: 10, 2: 10})
-    found = measure(train, solve_probe(train, class_count=3, seed=0), is_pretrained=True)
+    found = measure(
+        train, solve_probe(train, class_count=3, seed=0), class_indices_N=train.class_indices_N, is_pretrained=True
+    )
     assert (found.similarity, found.probe_accuracy, found.knn_accuracy) == (1.0, 1.0, 1.0)
 
 

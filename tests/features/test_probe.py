@@ -197,6 +197,34 @@ def test_folds_are_balanced_as_those_of_scikit_learn(counts: list[int]) -> None:
     assert not np.array_equal(fold_N, deal_folds(labels_N, fold_count=fold_count, seed=1))
 
 
+def test_an_image_and_its_views_count_as_one_image() -> None:
+    train = blobs([9, 7, 8], dimensions=20, spread=2.0)
+    alone = solve_probe(train, class_count=3, seed=4)
+    repeated = solve_probe(train, views=[train.features_ND] * 3, class_count=3, seed=4)
+    assert repeated.summary() == pytest.approx(alone.summary())
+    probabilities_NK, alone_NK = (softmax(probe.logits(train.features_ND), axis=1) for probe in (repeated, alone))
+    np.testing.assert_allclose(probabilities_NK, alone_NK, atol=1e-3)
+
+
+def test_a_head_that_learns_from_views_equals_that_of_scikit_learn() -> None:
+    train = blobs([9, 7, 8], dimensions=20, spread=2.0)
+    noise_VND = np.random.default_rng(0).normal(size=(2, *train.features_ND.shape)).astype(np.float32)
+    views = list(train.features_ND + noise_VND)
+    every = Features(
+        features_ND=np.concatenate([train.features_ND, *views]), class_indices_N=np.tile(train.class_indices_N, 3)
+    )
+    probe = solve_probe(train, views=views, class_count=3, seed=0)
+    probabilities_NK = softmax(probe.logits(every.features_ND), axis=1)
+    np.testing.assert_allclose(probabilities_NK, oracle(every, probe.strength / 3), atol=1e-3)
+
+
+def test_no_view_of_an_image_is_learned_from_where_it_is_held_out() -> None:
+    train = shuffled(blobs([40, 40, 40], dimensions=100))
+    probe = solve_probe(train, views=[train.features_ND] * 4, class_count=3, seed=0)
+    assert probe.accuracy is not None
+    assert probe.accuracy < 0.5, "its label could only be known from a view"
+
+
 def test_features_that_tell_nothing_are_regularised_most() -> None:
     train = shuffled(blobs([200, 200, 200], dimensions=100))
     assert max(solve_probe(train, class_count=3, seed=seed).strength for seed in range(3)) <= STRENGTHS[1]

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -183,7 +184,7 @@ def test_file_in_place_of_a_folder_is_refused(tmp_path: Path, options: dict[str,
 
 def test_folder_that_cannot_be_created_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(StorageError, match="cannot create the run folder"), open_run(tmp_path / "file" / "run"):
+    with pytest.raises(StorageError, match="cannot write to the run folder"), open_run(tmp_path / "file" / "run"):
         pytest.fail("opened")
 
 
@@ -249,6 +250,20 @@ def test_write_whole_leaves_the_old_file_when_the_disk_is_full(tmp_path: Path, m
 def test_write_whole_into_no_folder_is_a_storage_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="No such file or directory"):
         write_whole(tmp_path / "absent" / "a", "x")
+
+
+def test_an_event_that_the_disk_takes_a_part_of_is_taken_back(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.record("epoch", {"epoch": 0})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (run.metrics.stat().st_size + 10, limit[1]))
+        with pytest.raises(StorageError, match=r"metrics\.jsonl: File too large"):
+            run.record("epoch", {"epoch": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    run.record("epoch", {"epoch": 2})
+    assert [event["epoch"] for event in run.events()] == [0, 2]
 
 
 def test_events_come_back_in_order(tmp_path: Path) -> None:

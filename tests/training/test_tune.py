@@ -140,6 +140,7 @@ def test_real_scores_are_reported_after_every_epoch(data: Path, tmp_path: Path) 
 def test_a_search_for_nothing_is_refused(data: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         finetune.tune(data, output=tmp_path / "study", **options)
+    assert not (tmp_path / "study").exists(), "so that what is put right can begin"
 
 
 def test_a_search_without_an_end_of_a_training_says_so(

@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
@@ -35,7 +35,7 @@ class PredictOptions:
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """Run folder or model.safetensors."""
     inputs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="INPUT")]]
-    """Image files, folders of images, or patterns such as 'photos/*.jpg'."""
+    """Image files, folders or shards (.tar) of images, or patterns such as 'photos/*.jpg'."""
     top_k: int = 5
     """How many of the most probable classes to return with each image; 1 or more."""
     format: Literal["table", "json", "csv", "parquet"] = "table"
@@ -202,4 +202,5 @@ def _destination(path: Path | None, *, binary: bool = False) -> Iterator[Any]:
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}", "choose another --output") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)

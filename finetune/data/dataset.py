@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from finetune.data.decode import decode_image
+from finetune.data.decode import decode_image, read_scanned_file
 from finetune.data.picture_cache import PictureCache
 from finetune.data.table import ImageRow, ImageTable
 from finetune.data.transforms import Augmentation, fit_transform, to_tensor, training_transform
-from finetune.errors import ImageError
+from finetune.errors import DataError
 from finetune.runs.records import InputSpec, LabelMap
 
 SampleKey = int | tuple[int, int]
@@ -25,8 +25,8 @@ class Draft(NamedTuple):
     seed: int
 
 
-Sample = tuple[torch.Tensor | Draft, int, str] | ImageError
-"""Image (C, H, W) float32 or the draft of one, class index, image path; or why the file could not be read."""
+Sample = tuple[torch.Tensor | Draft, int, str] | DataError
+"""Image (C, H, W) float32 or the draft of one, class index, image path; or what is wrong with the file."""
 
 Batch = tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor, Sequence[str]]
 """Images (B, C, H, W) or the tensors (B, …) that cross a cut, class indices (B,), image paths."""
@@ -93,12 +93,12 @@ class ImageDataset(Dataset[Sample]):
         return len(self.table)
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        """Return the sample of `key`, or the error of an unreadable file: a worker process cannot raise it whole."""
+        """Return the sample of `key`, or what is wrong with its file: a worker process cannot raise it whole."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
         row = self.table.rows[index]
         try:
             image_CHW = self._picture(row, epoch)
-        except ImageError as error:
+        except DataError as error:
             return error
         draft = Draft(image_CHW, sample_seed(self.seed, epoch, index))
         image = draft if self.is_drafting else self._transformed(draft)
@@ -120,7 +120,8 @@ class ImageDataset(Dataset[Sample]):
     def _picture(self, row: ImageRow, epoch: int) -> torch.Tensor:
         path = self.table.path(row)
         if self.pictures is None:
-            picture_CHW = to_tensor(decode_image(path, short_side_px=self.spec.resize_px))
+            data = read_scanned_file(path, row.sha256)
+            picture_CHW = to_tensor(decode_image(data, name=str(path), short_side_px=self.spec.resize_px))
             # Only what is fitted is small enough to be handed on; the transform gives the same either way.
             return torch.as_tensor(self.fit(picture_CHW)) if self.is_drafting else picture_CHW
         if epoch != self._epoch:  # in the last one, other workers have put what this one may be asked for now

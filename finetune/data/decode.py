@@ -4,6 +4,7 @@ Every refusal is an `ImageError` with a reason from its closed list. No other er
 leave this file, and no pixel is decoded before the size in the header has been accepted.
 """
 
+import hashlib
 import os
 import stat
 import threading
@@ -24,7 +25,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from finetune.data.formats import ALLOWED, FOREIGN, HAS_END, SNIFFED_BYTES, format_of
 from finetune.data.jpeg import decode_jpeg, reduce_jpeg
 from finetune.data.shards import packed_state, read_packed
-from finetune.errors import FinetuneError, ImageError, ImageFault
+from finetune.errors import DataError, FinetuneError, ImageError, ImageFault
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]
@@ -147,6 +148,19 @@ def read_image_file(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LI
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         detail = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
         raise ImageError("missing", detail, name) from error
+
+
+def read_scanned_file(path: Path, sha256: str) -> bytes:
+    """Read a file that a scan has looked at, when its bytes had this SHA-256; without one nothing is compared.
+
+    Raises:
+        ImageError: As `read_image_file`.
+        DataError: The file has changed since: what is on it now may be something else.
+    """
+    data = read_image_file(path)
+    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+        raise DataError(f"{path} has changed since it was looked at", "start again")
+    return data
 
 
 def file_state(path: str) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from finetune.data.picture_cache import PictureCache
 from finetune.data.pixels import HeldDataset, HeldPixels
 from finetune.data.table import SPLITS, ImageTable
 from finetune.data.transforms import Augmentation
-from finetune.errors import DataError, ImageError
+from finetune.errors import DataError
 from finetune.runs.environment import available_cores
 from finetune.runs.processes import ALONE, Processes
 from finetune.runs.records import InputSpec, LabelMap
@@ -151,10 +151,10 @@ def split_loaders(
     }
 
 
-def readable(batches: Iterable[Batch | ImageError]) -> Iterator[Batch]:
-    """Iterate over `batches` and raise the `ImageError` of a file that a worker process could not read."""
+def readable(batches: Iterable[Batch | DataError]) -> Iterator[Batch]:
+    """Iterate over `batches` and raise what a worker process found wrong with a file."""
     for batch in batches:
-        if isinstance(batch, ImageError):
+        if isinstance(batch, DataError):
             try:
                 raise batch
             finally:
@@ -162,11 +162,11 @@ def readable(batches: Iterable[Batch | ImageError]) -> Iterator[Batch]:
         yield batch
 
 
-def batch_of(loader: DataLoader[Any], keys: Sequence[SampleKey]) -> Batch | DraftBatch | ImageError:
+def batch_of(loader: DataLoader[Any], keys: Sequence[SampleKey]) -> Batch | DraftBatch | DataError:
     """Return the batch of the images with these keys, as `loader` would make it."""
     dataset: Any = loader.dataset
     several = dataset.__getitems__ if hasattr(dataset, "__getitems__") else lambda keys: [dataset[key] for key in keys]
-    batch: Batch | DraftBatch | ImageError = loader.collate_fn(several(keys))
+    batch: Batch | DraftBatch | DataError = loader.collate_fn(several(keys))
     return batch
 
 
@@ -243,11 +243,11 @@ def _leave_group(_worker: int) -> None:
     os.setpgrp()
 
 
-def _collate(samples: list[Sample] | Batch) -> Batch | DraftBatch | ImageError:
+def _collate(samples: list[Sample] | Batch) -> Batch | DraftBatch | DataError:
     if isinstance(samples, tuple):  # a batch out of memory is collated already
         return samples
     for sample in samples:
-        if isinstance(sample, ImageError):
+        if isinstance(sample, DataError):
             return sample
     images, class_indices, paths = zip(*samples, strict=True)
     if isinstance(images[0], Draft):  # of any size, so that they cannot be stacked yet

@@ -4,7 +4,6 @@ What a picture is fitted to is `fit_transform`'s to say; a training from kept pi
 the files.
 """
 
-import hashlib
 import struct
 from contextlib import suppress
 from importlib.metadata import version
@@ -14,7 +13,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from finetune.data.decode import decode_image, read_image_file
+from finetune.data.decode import decode_image, read_scanned_file
 from finetune.data.jpeg import SHRINK_TOLERANCE, decoder_key
 from finetune.data.table import ImageRow, ImageTable
 from finetune.data.transforms import fit_transform, to_tensor
@@ -69,18 +68,17 @@ class PictureCache:
     def picture(self, row: ImageRow, path: Path) -> torch.Tensor:
         """Return the fitted picture of `row`, whose file is `path`, as uint8 (C, H, W).
 
-        A known picture is the one that was scanned, whatever has become of the file since. A file that no longer has
-        the SHA-256 of the scan is decoded as it is and not kept.
+        A known picture is the one that was scanned, whatever has become of the file since.
 
         Raises:
-            ImageError: The picture is not known and the file cannot be read.
+            ImageError, DataError: The picture is not known, and the file cannot be read or has changed.
         """
         if row.sha256 and (kept := self._kept(row.sha256)) is not None:
             return kept
-        data = read_image_file(path)
+        data = read_scanned_file(path, row.sha256)
         image_HWC = decode_image(data, name=str(path), short_side_px=self.spec.resize_px)
         picture_CHW = torch.as_tensor(self._fit(to_tensor(image_HWC)))
-        if hashlib.sha256(data).hexdigest() == row.sha256:
+        if row.sha256:
             height, width = picture_CHW.shape[-2:]
             self._store.put(row.sha256, _SIZE.pack(height, width) + picture_CHW.permute(1, 2, 0).numpy().tobytes())
         return picture_CHW

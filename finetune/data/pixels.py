@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from finetune.data.dataset import Batch, SampleKey, sample_seed
-from finetune.data.decode import decode_image
+from finetune.data.decode import decode_image, read_scanned_file
 from finetune.data.table import ImageRow, ImageTable
 from finetune.data.transforms import BATCH_CHANGES, Augmentation, batch_transform, still_transform, to_tensor
 from finetune.runs.records import InputSpec, LabelMap
@@ -40,12 +40,13 @@ def hold_pixels(table: ImageTable, spec: InputSpec) -> HeldPixels:
     """Decode every image of `table` once.
 
     Raises:
-        ImageError: A file can no longer be read.
+        ImageError, DataError: A file can no longer be read, or has changed.
     """
     transform = still_transform(spec)
 
     def prepare(row: ImageRow) -> torch.Tensor:
-        image_HWC = decode_image(table.path(row), short_side_px=spec.resize_px)
+        data = read_scanned_file(table.path(row), row.sha256)
+        image_HWC = decode_image(data, name=str(table.path(row)), short_side_px=spec.resize_px)
         return torch.as_tensor(transform(to_tensor(image_HWC)))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

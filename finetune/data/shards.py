@@ -33,7 +33,7 @@ Array = np.ndarray[Any, Any]
 
 # Shapes: N pictures of a shard.
 
-FORMAT_NUMBER = 1  # of an index; raise it when more or other members count
+FORMAT_NUMBER = 2  # of an index; raise it when more or other members count
 MOST_LABEL_BYTES = 2**20
 MOST_PADDING = 2 * tarfile.RECORDSIZE  # zeros at the end of a shard; more of them are a file that was not filled
 CONVENTION = 'a sample of a shard is KEY.jpg (or png …) with its label in KEY.cls, or as "label" in KEY.json'
@@ -53,8 +53,8 @@ class _Sample:
     labels: dict[str, str] = field(default_factory=dict)
     """What its members "cls" and "json" say."""
     faults: list[str] = field(default_factory=list)
-    parts: list[str] = field(default_factory=list)
-    """Pictures whose name goes on between key and extension."""
+    parts: list[tuple[str, int, int]] = field(default_factory=list)
+    """Pictures whose name goes on between key and extension; likewise."""
 
 
 def find_shards(files: Iterable[Path]) -> dict[Path, Split]:
@@ -101,13 +101,26 @@ def list_shards(shards: Mapping[Path, Split]) -> Rows:
             _listed[str(shard)] = columns["stamp"].tolist()
             listing = json.loads(columns["listing"].tobytes())
             faults.extend(f"{fault} in {shard.name}" for fault in listing["faults"])
-            for name, label in listing["pictures"]:
+            for name, label in listing["pictures"] if not faults else ():
                 yield ImageRow(image_path=f"{shard.name}/{name}", label=label, split=split)
 
     listed = Rows(rows())
     if faults:
         raise DataError(f"the shards have {len(faults)} faults: {first_ten(faults)}", CONVENTION)
     return listed
+
+
+def pictures_of(shard: Path) -> list[Path]:
+    """Return the paths of the pictures in a shard, with a label or without, in its order.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        listing = json.loads(_columns(shard, ["listing"])["listing"].tobytes())
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"the shard {shard} cannot be read: {error}", "make it anew") from error
+    return [shard / name for name, _ in listing["pictures"]]
 
 
 def read_packed(path: str) -> bytes:
@@ -221,8 +234,8 @@ def _take_down(member: tarfile.TarInfo, tar: tarfile.TarFile, samples: dict[str,
         sample.faults.append(f"has a {file_name} that is a link or other than a plain file")
     elif is_picture:
         sample.pictures.append((name, member.offset_data, member.size))
-    elif posixpath.splitext(extension)[1] in IMAGE_EXTENSIONS:
-        sample.parts.append(file_name)
+    elif posixpath.splitext(extension)[1] in IMAGE_EXTENSIONS and member.isreg():
+        sample.parts.append((name, member.offset_data, member.size))
     elif extension in ("cls", "json"):
         content = tar.extractfile(member)
         assert content is not None  # of a regular file
@@ -274,13 +287,13 @@ def _index(samples: Mapping[str, _Sample]) -> dict[str, Array]:
     for key, sample in samples.items():
         faults = sample.faults
         if sample.parts and not sample.pictures:
-            faults = [f"goes on with a dot, where the convention ends a key: {first_ten(sample.parts)}"]
+            names = first_ten([posixpath.basename(name) for name, _, _ in sample.parts])
+            faults = [f"goes on with a dot, where the convention ends a key: {names}"]
         elif not faults and (sample.pictures or sample.labels):
             faults = [f"has {len(sample.pictures)} pictures"] if len(sample.pictures) != 1 else []
             faults += [] if sample.labels else ["has no label"]
         listing["faults"] += [f"{key!r} {fault}" for fault in faults]
-        if not faults and sample.pictures:  # else a note, or facts about the whole set
-            ((name, offset, size),) = sample.pictures
+        for name, offset, size in sample.pictures or sample.parts:
             listing["pictures"].append((name, sample.labels.get("cls", sample.labels.get("json"))))
             places.append((_key(name), offset, size))
     keys, offsets, sizes = zip(*sorted(places), strict=True) if places else ((), (), ())

@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -11,8 +11,9 @@ import torch
 
 from finetune.data.decode import decode_image
 from finetune.data.formats import looks_like_image
+from finetune.data.shards import find_shards, pictures_of
 from finetune.data.transforms import to_tensor
-from finetune.errors import ImageError, PredictionInputError
+from finetune.errors import DataError, ImageError, PredictionInputError
 from finetune.prediction.classifier import Classifier
 from finetune.runs.processes import ALONE, Processes, peer_faults
 from finetune.runs.records import FailedPrediction, Prediction
@@ -21,28 +22,53 @@ from finetune.runs.records import FailedPrediction, Prediction
 def find_inputs(inputs: Sequence[str]) -> list[Path]:
     """Turn files, folders (with all below) and patterns into a list of image paths, each input in its own order.
 
-    A file named outright is taken whatever it is, so that what is wrong with it is told with its prediction.
+    A tar file, or in a folder one that is a shard by its name, stands for the pictures in it. Any other file named
+    outright is taken whatever it is, so that what is wrong with it is told with its prediction, and so is a shard among
+    others that cannot be read.
 
     Raises:
-        PredictionInputError: A folder holds no image, or a pattern matches nothing.
+        DataError: A shard named outright cannot be read.
+        PredictionInputError: An input holds no image, or a pattern matches nothing.
     """
     paths: list[Path] = []
     for text in inputs:
         path = Path(text)
         if os.path.isdir(path):  # noqa: PTH112 (Path.is_dir raises for names that are too long)
             found = [Path(folder) / name for folder, _, names in _walk(path) for name in sorted(names)]
-            found = [file for file in found if not file.name.startswith(".") and looks_like_image(file)]
-            if not found:
+            shards = find_shards(found)
+            images = [file for file in found if file in shards or _is_image(file)]
+            if not (unpacked := list(_unpacked(images))):
                 raise PredictionInputError(f"the folder {text} holds no images", "check the path")
-            paths += found
+            paths += unpacked
         elif not os.path.exists(path) and glob.has_magic(text):  # noqa: PTH110
             matched = sorted(Path(match) for match in glob.glob(text, recursive=True))  # noqa: PTH207 (absolute patterns too)
             if not matched:
                 raise PredictionInputError(f"no file matches {text}", "check the pattern")
-            paths += [file for file in matched if file.is_file()]
+            paths += _unpacked(file for file in matched if file.is_file())
+        elif _is_tar(path):
+            if not (pictures := pictures_of(path)):
+                raise PredictionInputError(f"the shard {text} holds no images", "check the path")
+            paths += pictures
         else:
             paths.append(path)
     return paths
+
+
+def _is_image(file: Path) -> bool:
+    return not file.name.startswith(".") and looks_like_image(file)
+
+
+def _is_tar(file: Path) -> bool:
+    return file.suffix.lower() == ".tar" and os.path.isfile(file)  # noqa: PTH113 (as above)
+
+
+def _unpacked(files: Iterable[Path]) -> Iterator[Path]:
+    """Put the pictures of a tar file in its place, unless it cannot be read."""
+    for file in files:
+        try:
+            yield from pictures_of(file) if _is_tar(file) else [file]
+        except DataError:
+            yield file
 
 
 def predict_many(

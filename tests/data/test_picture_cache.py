@@ -18,7 +18,7 @@ from finetune.data.loaders import labelled_dataset, readable, split_loaders, tra
 from finetune.data.picture_cache import MIN_PIXELS, PictureCache, worth_caching
 from finetune.data.table import ImageRow, ImageTable
 from finetune.data.transforms import Augmentation, fit_transform, to_tensor
-from finetune.errors import ImageError
+from finetune.errors import DataError, ImageError
 from finetune.runs.records import InputSpec, LabelMap
 
 SPEC = InputSpec(image_size_px=24, resize_px=28, interpolation="bicubic", mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -197,7 +197,7 @@ def test_damaged_row_is_decoded_again_and_mended(table: ImageTable, cache_folder
         assert len(decoded) == count
 
 
-def test_file_that_changed_since_the_scan_is_not_kept_under_its_old_hash(
+def test_file_that_changed_since_the_scan_is_refused_and_not_kept(
     table: ImageTable, picture: Callable[..., Image.Image], decoded: list[str]
 ) -> None:
     row = table.rows[1]
@@ -206,13 +206,12 @@ def test_file_that_changed_since_the_scan_is_not_kept_under_its_old_hash(
     picture(99).save(path)
     changed = fit_transform(SPEC)(to_tensor(decode_image(path)))
     with PictureCache(SPEC) as pictures:
-        for _ in range(2):
-            assert torch.equal(pictures.picture(row, path), changed)
-        assert len(decoded) == 2
+        with pytest.raises(DataError, match="has changed since it was looked at"):
+            pictures.picture(row, path)
         path.write_bytes(before)
         for _ in range(2):
             assert not torch.equal(pictures.picture(row, path), changed)
-        assert len(decoded) == 3
+        assert len(decoded) == 1
         picture(98).save(path)  # what was scanned is known now, and is what the row means
         assert not torch.equal(pictures.picture(row, path), fit_transform(SPEC)(to_tensor(decode_image(path))))
 
@@ -281,7 +280,8 @@ def test_unreadable_file_says_its_name(table: ImageTable) -> None:
     path.write_bytes(path.read_bytes()[:200])
     with PictureCache(SPEC) as pictures:
         with pytest.raises(ImageError, match=r"2\.jpg: truncated"):
-            pictures.picture(table.rows[2], path)
+            pictures.picture(replace(table.rows[2], sha256=sha256_of(path)), path)
+        path.unlink()
         error = labelled_dataset(table, LABELS, SPEC, pictures=pictures)[2]
         assert isinstance(error, ImageError)
 

@@ -1,13 +1,15 @@
 """Inputs found, and many images predicted one after the other."""
 
 import shutil
+import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import finetune
-from finetune.errors import PredictionInputError
+from finetune.errors import DataError, PredictionInputError
 from finetune.prediction import batch
 from finetune.prediction.batch import find_inputs, predict_many
 from finetune.prediction.classifier import load_classifier
@@ -44,9 +46,51 @@ def test_patterns_are_expanded_unless_a_file_has_that_name(folder: Path) -> None
     assert find_inputs([str(odd)]) == [odd]
 
 
-@pytest.mark.parametrize("text", ["*.gif", "empty"])
+@pytest.fixture
+def shards(folder: Path) -> Path:
+    """A shard without labels, and another archive."""
+    packed = folder / "packed"
+    packed.mkdir()
+    for name in ("test-000000.tar", "photos.tar"):
+        with tarfile.open(packed / name, "w") as tar:
+            for member in ("0.JPG", "sub/3.JPG", "notes.txt", "sub/1.JPG"):
+                tar.add(folder / member, member.replace("1.JPG", "IMG.1.JPG"))
+    return packed
+
+
+def test_a_shard_stands_for_its_pictures(shards: Path, flowers_run: Path, folder: Path) -> None:
+    names = ["0.JPG", "sub/3.JPG", "sub/IMG.1.JPG"]
+    assert find_inputs([str(shards)]) == [shards / "test-000000.tar" / name for name in names]
+    assert find_inputs([str(shards / "ph*.tar")]) == [shards / "photos.tar" / name for name in names]
+    paths = find_inputs([str(shards / "photos.tar")])
+    assert paths == [shards / "photos.tar" / name for name in names]
+    classifier = load_classifier(flowers_run)
+    packed = list(predict_many(classifier, paths))
+    alone = list(predict_many(classifier, [folder / name.replace("IMG.", "") for name in names]))
+    assert [result.image for result in packed] == [str(path) for path in paths]
+    assert [replace(result, image="") for result in packed] == [replace(result, image="") for result in alone]
+
+
+def test_a_shard_that_cannot_be_read_is_an_error_where_it_was_named_and_stops_no_other(
+    shards: Path, flowers_run: Path
+) -> None:
+    whole = (shards / "photos.tar").read_bytes()
+    (shards / "test-000000.tar").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"test-000000.tar cannot be read"):
+        find_inputs([str(shards / "test-000000.tar")])
+    tarfile.open(shards / "train-0.tar", "w").close()
+    assert find_inputs([str(shards)]) == [shards / "test-000000.tar"], "as one of the inputs, with what is wrong"
+    paths = find_inputs([str(shards / "*.tar")])
+    *others, failed = predict_many(load_classifier(flowers_run), paths)
+    assert all(isinstance(other, Prediction) for other in others)
+    assert isinstance(failed, FailedPrediction)
+    assert (len(others), Path(failed.image).name, failed.code) == (3, "test-000000.tar", "not_an_image")
+
+
+@pytest.mark.parametrize("text", ["*.gif", "empty", "empty.tar"])
 def test_nothing_found_is_an_error(folder: Path, text: str) -> None:
     (folder / "empty").mkdir()
+    tarfile.open(folder / "empty.tar", "w").close()
     with pytest.raises(PredictionInputError, match=r"empty|gif"):
         find_inputs([str(folder / text)])
 

@@ -22,6 +22,8 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from finetune.errors import StorageError
+
 DOTS_PER_INCH = 120
 PNG = {"compress_level": 1}  # files are half as large again as at the usual 6, and saved in two thirds of the time
 FONT = "DejaVu Sans"  # the font that matplotlib itself carries, so that a chart looks the same everywhere
@@ -81,10 +83,19 @@ def draw_image_grid(
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write `figure` as a PNG file at `path`, making its folder where there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with style():
-        figure.savefig(path, format="png", dpi=DOTS_PER_INCH, facecolor="white", pil_kwargs=PNG)
+    """Write `figure` as a PNG file at `path`, making its folder where there is none.
+
+    Raises:
+        StorageError: The disk is full or refuses.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with style():
+            figure.savefig(path, format="png", dpi=DOTS_PER_INCH, facecolor="white", pil_kwargs=PNG)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror}", "free some space or choose another --output"
+        ) from error
 
 
 def curves_figure(history: Mapping[str, Sequence[float]], *, best_epoch: int | None = None) -> Figure:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
-from finetune.errors import ConfigError, StorageError
+from finetune.errors import ConfigError
 from finetune.report.charts import save_figure, shown, style
 
 PANEL_INCHES = 4.2
@@ -32,10 +32,7 @@ def draw_class_map(
     figure = class_map_figure(
         picture_HWC, map_HW, stride_px=stride_px, display_name=display_name, probability=probability
     )
-    try:
-        save_figure(figure, path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}", "choose another --output") from error
+    save_figure(figure, path)
 
 
 def class_map_figure(

@@ -24,8 +24,10 @@ def write_plots(run: RunFolder, image_root: Path) -> None:
     Args:
         run: A finished run.
         image_root: The folder that the image paths of the run are relative to.
+
+    Raises:
+        StorageError: The disk is full or refuses.
     """
-    run.plots.mkdir(exist_ok=True)
     metadata = read_metadata(run.model)
     events = run.events()
     epochs = [event for event in events if event["event"] == "epoch"]

@@ -1,5 +1,6 @@
 """Where the batches of a training come from: files, pictures in memory or on disk, or what frozen layers gave once."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +94,7 @@ def _kept_batches(
 ) -> Batches:
     """Load what frozen layers gave."""
     loaders: dict[str, DataLoader[Any]] = {
-        split: evaluation_loader(data, batch_size=plan.batch_size, processes=processes)
+        split: evaluation_loader(data, batch_size=_scored_at_once(config, plan), processes=processes)
         for split, data in datasets.items()
     }
     loaders["train"] = _training_loader(config, plan, datasets["train"], workers=0, processes=processes)
@@ -138,7 +139,7 @@ def _image_batches(
         table,
         label_map,
         spec,
-        batch_size=plan.batch_size,
+        batch_size=_scored_at_once(config, plan),
         workers=workers,
         pixels=pixels,
         pictures=pictures,
@@ -147,6 +148,11 @@ def _image_batches(
     loaders["train"] = _training_loader(config, plan, dataset, workers=workers, processes=processes)
     finish = dataset.finish if isinstance(dataset, ImageDataset) and dataset.is_drafting else None
     return Batches(loaders=loaders, model=backbone.module, workers=workers, pictures=pictures, finish=finish)
+
+
+def _scored_at_once(config: TrainConfig, plan: Plan) -> int:
+    """Return how many images there is memory to score at once: as many as to learn from."""
+    return math.ceil(plan.batch_size / config.gradient_accumulation)
 
 
 def _training_loader(

@@ -40,11 +40,13 @@ def run_job(job: Job, reporter: Reporter, *, watchers: Sequence[Watcher] = ()) -
     """
     started = time.monotonic()
     with Interruption(job.processes) as interruption, ExitStack() as stack:
-        tracking = None
-        if job.config.tracker != "none" and job.processes.is_main:
-            tracking = stack.enter_context(closing(Tracking(job.config.tracker, job.run, job.config)))
+        others = list(watchers)
+        if job.processes.is_main:
+            others.append(EpochRecorder(job.run, reporter))
+            if job.config.tracker != "none":
+                others.append(stack.enter_context(closing(Tracking(job.config.tracker, job.run, job.config))))
         while True:
-            _run_phase(job, interruption, [*watchers, *([tracking] if tracking else [])], reporter)
+            _run_phase(job, interruption, others, reporter)
             is_out_of_time = job.budget is not None and job.budget.is_used_up
             if job.is_last_phase or job.progress.is_interrupted or is_out_of_time:
                 break
@@ -64,8 +66,6 @@ def _run_phase(job: Job, interruption: Interruption, others: Sequence[Watcher], 
     _tell_what_learns(job, reporter)
     checkpointer = Checkpointer(job.run, job.learner, identity=job.identity(), reporter=reporter)
     watchers: list[Watcher] = [interruption, ProgressBar(reporter)]
-    if job.processes.is_main:
-        watchers.insert(0, EpochRecorder(job.run))
     if job.config.patience:
         stopping = EarlyStopping(job.config.patience)
         watchers.append(stopping)

@@ -99,7 +99,7 @@ class Learner:
         """Iterate over the batches of a loader as they lie on the device.
 
         Raises:
-            ImageError: A file can no longer be read.
+            ImageError, DataError: A file can no longer be read, or has changed.
         """
         device = self.accelerator.device
         for batch in readable(batches):
@@ -187,6 +187,9 @@ def _learn(learner: Learner, batch: Sequence[Any], step: int) -> Outcome:
         restore = _snapshot(learner)
         try:
             return _add_gradients(learner, inputs, targets, batch, step)
+        except DivergedError:
+            restore()
+            raise
         except RuntimeError as error:
             is_last = learner.parts >= len(class_indices_B) or learner.is_in_step  # with others, who would wait
             if not should_reduce_batch_size(error) or is_last:

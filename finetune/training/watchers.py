@@ -4,23 +4,31 @@ import math
 import time
 from contextlib import ExitStack
 
+from finetune.errors import StorageError
 from finetune.runs.folder import RunFolder
 from finetune.runs.reporting import Advance, Reporter
+from finetune.training.checkpoint import FAILURES_BORNE
 from finetune.training.progress import Progress
 
 
 class EpochRecorder:
-    """A watcher that appends one event an epoch to metrics.jsonl."""
+    """A watcher that appends one event an epoch to metrics.jsonl; what the disk refuses is told and tried again.
 
-    def __init__(self, run: RunFolder) -> None:
+    Raises:
+        StorageError: As many events wait as refused saves are borne.
+    """
+
+    def __init__(self, run: RunFolder, reporter: Reporter) -> None:
         self.run = run
+        self.reporter = reporter
+        self.waiting: list[tuple[str, dict[str, float]]] = []
 
     def epoch_started(self, progress: Progress) -> None:
         """Record the scores of the start, before the first epoch."""
         if progress.is_new:
             history = progress.history
             scores = {"valid_loss": history.start_loss, "valid_accuracy": history.start_accuracy}
-            self.run.record("start", _finite(scores))
+            self._record("start", _finite(scores))
 
     def step_ended(self, progress: Progress) -> None:
         """Nothing to do."""
@@ -29,7 +37,19 @@ class EpochRecorder:
         """Record the scores of the epoch."""
         last = {name: values[-1] for name, values in progress.history.series().items()}
         best = progress.history.best_epoch
-        self.run.record("epoch", {"epoch": progress.epoch, **_finite(last), "best_epoch": best})
+        self._record("epoch", {"epoch": progress.epoch, **_finite(last), "best_epoch": best})
+
+    def _record(self, event: str, values: dict[str, float]) -> None:
+        self.waiting.append((event, values))
+        while self.waiting:
+            try:
+                self.run.record(*self.waiting[0])
+            except StorageError as error:
+                if len(self.waiting) >= FAILURES_BORNE:
+                    raise
+                self.reporter.warn(f"{error.message}; the {event} will be recorded later.")
+                return
+            self.waiting.pop(0)
 
 
 class ProgressBar:

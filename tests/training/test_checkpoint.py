@@ -1,6 +1,7 @@
 """Training state: what is written, verified, kept, and gone on from."""
 
 import copy
+import itertools
 import json
 import os
 import shutil
@@ -209,12 +210,41 @@ def test_nothing_is_pickled_and_json_is_strict(run: RunFolder, make_learner: Cal
     json.loads(state.read_text(), parse_constant=pytest.fail)
 
 
+class FileWith:
+    """A file some of whose methods are others."""
+
+    def __init__(self, file: Any, **methods: Callable[..., Any]) -> None:
+        self.file = file
+        self.__dict__.update(methods)
+
+    def __enter__(self) -> "FileWith":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
 def test_a_save_is_durable_before_it_gets_its_name(
     run: RunFolder, make_learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files are synced, then the folder, then renamed, then the parent, then the pointer is replaced."""
+    """Each file is written and synced, then the folder, then renamed, then the parent; then the pointer likewise."""
     happened: list[str] = []
-    fsync, rename, replace = os.fsync, Path.rename, Path.replace
+    fsync, rename, replace, open_file = os.fsync, Path.rename, Path.replace, Path.open
+
+    def note_open(self: Path, *arguments: Any, **options: Any) -> Any:
+        file = open_file(self, *arguments, **options)
+
+        def noted(what: str) -> Callable[..., Any]:
+            def act(*data: bytes) -> None:
+                happened.append(f"{what} {self.name}")
+                getattr(file, what)(*data)
+
+            return act
+
+        return FileWith(file, write=noted("write"), flush=noted("flush")) if "wb" in arguments else file
 
     def note_fsync(descriptor: int) -> None:
         happened.append("fsync " + Path(f"/proc/self/fd/{descriptor}").readlink().name)
@@ -231,19 +261,23 @@ def test_a_save_is_durable_before_it_gets_its_name(
     learner = make_learner()
     progress = Progress()
     progress.keep_best(learner.model, 0.5)
+    monkeypatch.setattr(Path, "open", note_open)
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(Path, "rename", note_rename)
     monkeypatch.setattr(Path, "replace", note_replace)
     checkpoint.write_state(run, learner, progress, identity=IDENTITY)
     part = f".step-000000000.{os.getpid()}.part"
     written = ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json"]
-    assert happened[:8] == [
-        *(f"fsync {name}" for name in written),
+    pointer = f".latest.{os.getpid()}.part"
+    assert happened == [
+        *(f"{what} {name}" for name in written for what in ("write", "flush", "fsync")),
         f"fsync {part}",
         "rename step-000000000",
         "fsync checkpoints",
+        *(f"{what} {pointer}" for what in ("write", "flush", "fsync")),
+        "replace latest",
+        "fsync checkpoints",
     ]
-    assert happened[-2:] == ["replace latest", "fsync checkpoints"]
 
 
 def test_a_full_disk_keeps_the_old_save_and_stops_at_the_third_refusal(
@@ -295,7 +329,7 @@ def count_and_kill(patch: pytest.MonkeyPatch, at: int) -> list[str]:
         file = open_file(self, *arguments, **options)
         mode = arguments[0] if arguments else options.get("mode", "r")
         if "w" in mode:
-            return DeadlyFile(file, deadly(f"write {self.name}", file.write))
+            return FileWith(file, write=deadly(f"write {self.name}", file.write))
         return file
 
     patch.setattr(Path, "open", open_deadly)
@@ -305,49 +339,44 @@ def count_and_kill(patch: pytest.MonkeyPatch, at: int) -> list[str]:
     return happened
 
 
-class DeadlyFile:
-    """A file whose writing is `write`."""
+class DyingSave:
+    """Saves, but in the second epoch dies at the `at`-th operation, counted from 0."""
 
-    def __init__(self, file: Any, write: Callable[..., Any]) -> None:
-        self.file, self.write = file, write
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.happened: list[str] = []
+        self.save = checkpoint.write_state
 
-    def __enter__(self) -> "DeadlyFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
+    def __call__(self, run: RunFolder, learner: Learner, progress: Progress, **options: Any) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            if progress.epoch == 2:
+                self.happened = count_and_kill(patch, self.at)
+            self.save(run, learner, progress, **options)
 
 
-def test_a_kill_at_any_write_fsync_or_rename_of_a_save_leaves_one_to_go_on_from(
+def test_a_kill_at_any_write_fsync_or_rename_of_a_save_costs_no_more_than_it(
     tmp_path: Path, make_learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    deaths, at, is_whole = [], 0, False
-    while not is_whole:
-        run = RunFolder(tmp_path / str(at))
+    whole, deaths = make_learner(), set()
+    (tmp_path / "whole").mkdir()
+    train(whole, RunFolder(tmp_path / "whole"), Progress(), epochs=3)
+    for at in itertools.count():
+        run, save = RunFolder(tmp_path / str(at)), DyingSave(at)
         run.path.mkdir()
-        learner = make_learner()
-        progress = train(learner, run, Progress(), epochs=1)
-        before = progress.global_step
         with monkeypatch.context() as patch:
-            happened = count_and_kill(patch, at)
-            progress.global_step += 3
+            patch.setattr(checkpoint, "write_state", save)
             try:
-                checkpoint.write_state(run, learner, progress, identity=IDENTITY)
-                is_whole = True
+                train(make_learner(), run, Progress(), epochs=3)
+                break  # there are no more operations to die at
             except Killed:
-                deaths.append(happened[-1] if happened else "nothing")
-        state = read_state(run, Heard())  # type: ignore[arg-type]
-        found = state.values["progress"]["global_step"]
-        assert found in (before, progress.global_step)
-        assert found == before or "rename" in happened
+                deaths.add(save.happened[-1].split()[0] if at else "nothing")
         resumed = make_learner(seed=7)
-        train(
-            resumed, run, restore_state(state, resumed, is_longer=False), epochs=2
-        )  # what the kill left lying about is in nobody's way
-        assert not list(run.checkpoints.glob(".*"))
-        at += 1
-    assert len(deaths) > 14
-    assert {"fsync", "rename", "replace"} <= {death.split()[0] for death in deaths}
+        progress = restore_state(read_state(run, Heard()), resumed, is_longer=False)  # type: ignore[arg-type]
+        assert progress.epoch in (1, 2)
+        assert progress.epoch == 1 or "rename" in save.happened
+        train(resumed, run, progress, epochs=3)
+        assert not list(run.checkpoints.glob(".*")), "what the kill left lying about"
+        for name, tensor in whole.model.state_dict().items():
+            assert torch.equal(resumed.model.state_dict()[name], tensor), (save.happened, name)
+    assert at > 14
+    assert deaths == {"nothing", "write", "fsync", "rename", "replace"}

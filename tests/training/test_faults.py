@@ -2,6 +2,7 @@
 
 import multiprocessing
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from finetune.runs.reporting import LoggingReporter
 from finetune.training import checkpoint
 from finetune.training.checkpoint import read_state
 from finetune.training.progress import Progress
-from finetune.training.watchers import EpochRecorder, ProgressBar
+from finetune.training.watchers import ProgressBar
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
 
@@ -109,28 +110,62 @@ def test_an_image_that_vanishes_or_changes_before_a_resume_is_named(
     assert saved_step(folder) == 3
 
 
-def test_an_image_that_is_spoiled_during_training_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda victim: victim.write_bytes(b"no image any more"), r"00\.png has changed since it was looked at"),
+        (lambda victim: Image.new("RGB", (40, 40)).save(victim), r"00\.png has changed since it was looked at"),
+        (lambda victim: victim.unlink(), r"00\.png: missing"),
+    ],
+    ids=["spoiled", "another image", "vanished"],
+)
+def test_an_image_that_changes_during_training_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], named: str, workers: int
+) -> None:
     victim = folder / "train" / "red" / "00.png"
-    at_step(monkeypatch, 4, lambda: victim.write_bytes(b"no image any more"))
+    at_step(monkeypatch, 4, lambda: change(victim))
     monkeypatch.setattr("finetune.training.batches.worth_caching", lambda *_: False)
-    with pytest.raises(DataError, match=r"00\.png: not_an_image"):
-        train(folder)
+    with pytest.raises(DataError, match=named):
+        train(folder, workers=workers)
     assert saved_step(folder) >= 3
 
 
-def test_a_record_that_the_disk_refuses_ends_the_run_with_its_saves(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any) -> None:
+def refuse_records(monkeypatch: pytest.MonkeyPatch, *, times: int) -> None:
+    """Let the disk refuse what comes to metrics.jsonl so many times."""
+    record, refusals = RunFolder.record, iter(range(times))
+
+    def refuse(self: RunFolder, event: str, values: Any) -> None:
+        if event != "epoch" or next(refusals, None) is None:
+            return record(self, event, values)
         raise StorageError("cannot write metrics.jsonl: No space left on device", "free some space, then --resume")
 
+    monkeypatch.setattr(RunFolder, "record", refuse)
+
+
+def recorded_epochs(folder: Path) -> list[int]:
+    return [event["epoch"] for event in RunFolder(folder.parent / "run").events() if event["event"] == "epoch"]
+
+
+def test_records_that_the_disk_refuses_are_told_and_made_later(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refuse_records(monkeypatch, times=2)
+    train(folder)
+    assert recorded_epochs(folder) == [1, 2, 3]
+    assert caplog.text.count("No space left on device; the epoch will be recorded later") == 2
+
+
+def test_the_third_record_that_the_disk_refuses_ends_the_run_with_its_saves(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
-        at_step(patch, 4, lambda: patch.setattr(EpochRecorder, "epoch_ended", refuse))
+        refuse_records(patch, times=3)
         with pytest.raises(StorageError, match="No space left"):
             train(folder)
-    assert saved_step(folder) == 3
-    run = finetune.train(output=folder.parent / "run", resume=True)
-    assert len([event for event in RunFolder(run.folder).events() if event["event"] == "epoch"]) == 3
+    assert saved_step(folder) == 6, "that of the second epoch"
+    finetune.train(output=folder.parent / "run", resume=True)
+    assert recorded_epochs(folder)[-1] == 3
 
 
 def test_a_second_process_on_the_same_run_is_refused_by_name(folder: Path) -> None:

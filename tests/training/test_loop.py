@@ -81,7 +81,7 @@ def test_a_loss_that_is_not_finite_updates_nothing_and_names_the_images(
     learner = make_learner(rate=0.25)
     before = copy.deepcopy(learner.model.state_dict())
     images = torch.full((2, 3, 8, 8), poison)
-    learner.model.eval()  # else the poison reaches BatchNorm's statistics in the forward pass
+    learner.model.train()  # so that the poison reaches BatchNorm's statistics in the forward pass
     with pytest.raises(DivergedError, match=r"loss of step 1 became nan at learning rate 0\.0025 on a\.jpg, b\.jpg"):
         train_step(learner, [images, torch.tensor([0, 1]), ["a.jpg", "b.jpg"]])
     assert all(torch.equal(tensor, before[name]) for name, tensor in learner.model.state_dict().items())

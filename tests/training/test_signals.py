@@ -1,4 +1,4 @@
-"""Signals in a save, and a second one: what is saved, and with which exit code the process ends."""
+"""Signals in a step, an evaluation or a save, and a second one: what is saved, and with which code the process ends."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import pytest
 import finetune
 from finetune.runs.folder import RunFolder
 from finetune.runs.reporting import LoggingReporter
-from finetune.training import checkpoint
+from finetune.training import checkpoint, loop
 from finetune.training.checkpoint import read_state
 from finetune.training.progress import Progress
 from finetune.training.step import Learner
@@ -64,6 +64,32 @@ def test_a_signal_in_a_save_lets_it_finish_and_ends_at_the_next_step(
     assert saved_step(data.parent / "run") == STEPS + 1
     assert finetune.train(output=data.parent / "run", resume=True).metrics["valid"].images == 12
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+@pytest.mark.parametrize("place", ["a step", "an evaluation"])
+def test_a_signal_is_acted_on_at_the_end_of_what_it_comes_in(
+    data: Path, monkeypatch: pytest.MonkeyPatch, place: str, number: signal.Signals, kind: type[BaseException]
+) -> None:
+    undisturbed = finetune.train(data, output=data.parent / "whole", **OPTIONS).folder
+    name, at = {"a step": ("train_step", STEPS + 2), "an evaluation": ("evaluate_loss", 2)}[place]
+    work, calls = getattr(loop, name), []
+
+    def disturbed(*arguments: Any, **options: Any) -> Any:
+        calls.append(name)
+        if len(calls) == at:
+            os.kill(os.getpid(), number)
+        return work(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, name, disturbed)
+        with pytest.raises(kind) as ended:
+            finetune.train(data, output=data.parent / "run", **OPTIONS)
+    if kind is SystemExit:
+        assert ended.value.code == 128 + number  # type: ignore[attr-defined]
+    assert saved_step(data.parent / "run") == {"a step": STEPS + 2, "an evaluation": STEPS}[place]
+    resumed = finetune.train(output=data.parent / "run", resume=True).folder
+    assert RunFolder(resumed).model.read_bytes() == RunFolder(undisturbed).model.read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

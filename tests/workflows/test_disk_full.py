@@ -1,4 +1,4 @@
-"""A disk that fills up while a model trains: a small memory file system stands in for it."""
+"""A disk that fills up while a model trains, or that may only be read: a memory file system stands in for it."""
 
 import json
 import os
@@ -66,3 +66,45 @@ def test_a_full_disk_keeps_the_saves_there_are_and_ends_with_its_own_code(tmp_pa
     subprocess.run(resumed, check=True, env=environment, stdout=subprocess.DEVNULL)
     events = [json.loads(line) for line in (rescued / "metrics.jsonl").read_text().splitlines()]
     assert [event["epoch"] for event in events if event["event"] == "epoch"] == list(range(1, 10))
+
+
+@pytest.mark.skipif(not namespace_is_allowed(), reason="this kernel allows no user namespace with a file system in it")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "DATA", "--output", "DISK/run"],
+        ["tune", "DATA", "--output", "DISK/study", "--trials", "1"],
+        ["train", "--output", "DISK/old", "--resume", "--epochs", "2"],
+        ["train", "DATA", "--output", "DISK/old", "--overwrite"],
+        ["predict", "DISK/old", "DATA/valid", "--format", "csv", "--output", "DISK/found.csv"],
+        ["config", "write", "DISK/mine.yaml"],
+    ],
+    ids=["train", "tune", "resume", "overwrite", "predict", "config"],
+)
+def test_what_may_only_be_read_is_said_in_a_line(words: list[str], run_on_disk: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    words = [word.replace("DATA", str(tmp_path / "images")).replace("DISK", str(disk)) for word in words]
+    script = 'mount -t tmpfs none "$1" && cp -r "$2" "$1/old" && mount -o remount,ro "$1" || exit 99; shift 2; "$@"'
+    command = [sys.executable, "-m", "finetune", *words]
+    ended = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", script, "sh", str(disk), str(run_on_disk), *command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if ended.returncode == 99:
+        pytest.skip("this kernel mounts no memory file system in a user namespace")
+    assert ended.returncode == 6, ended.stderr
+    *_, error, hint = ended.stderr.strip().splitlines()
+    assert error.startswith("error: cannot write ")
+    assert error.endswith("Read-only file system")
+    assert hint.startswith("hint: ")
+
+
+@pytest.fixture
+def run_on_disk(tmp_path: Path) -> Path:
+    write_images(tmp_path / "images")
+    (tmp_path / "disk").mkdir()
+    words = train(str(tmp_path / "images"), "--output", str(tmp_path / "run"), "--epochs", "1", *OPTIONS, "--quiet")
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    return tmp_path / "run"

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from finetune.cli.main import main
+from finetune.runs.cache_folder import list_cache
 from finetune.runs.folder import RunFolder
 from tests.training.exact_resume import write_images
 
@@ -300,8 +302,13 @@ def undisturbed(data: Path, tmp_path: Path) -> bytes:
     return (tmp_path / "calm" / "model.safetensors").read_bytes()
 
 
-def kill_a_worker(job: subprocess.Popen[str]) -> None:
-    min(psutil.Process(job.pid).children(), key=lambda process: -process.pid).kill()
+def kill_rank(rank: int) -> Callable[[subprocess.Popen[str]], None]:
+    def kill(job: subprocess.Popen[str]) -> None:
+        workers = psutil.Process(job.pid).children()
+        (worker,) = (each for each in workers if each.environ().get("RANK") == str(rank))
+        worker.kill()
+
+    return kill
 
 
 def terminate(job: subprocess.Popen[str]) -> None:
@@ -312,11 +319,55 @@ def terminate(job: subprocess.Popen[str]) -> None:
 def test_the_launcher_restarts_a_killed_job_and_it_ends_at_the_same_weights(
     data: Path, tmp_path: Path, undisturbed: bytes
 ) -> None:
-    run, ended = tmp_path / "run", _disturbed(data, tmp_path, kill_a_worker, restarts=3)
+    run, ended = tmp_path / "run", _disturbed(data, tmp_path, kill_rank(1), restarts=3)
     assert ended.returncode == 0
     assert (run / "model.safetensors").read_bytes() == undisturbed
     epochs = [event["epoch"] for event in RunFolder(run).events() if event["event"] == "epoch"]
     assert epochs == list(range(1, 41))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_job_within_a_minute(
+    data: Path, tmp_path: Path, undisturbed: bytes, rank: int
+) -> None:
+    run, ended = tmp_path / "run", _disturbed(data, tmp_path, kill_rank(rank))
+    assert ended.returncode != 0
+    found = launch(saving_often(tmp_path), "train", "--output", str(run), "--resume")
+    assert found.returncode == 0, found.stderr
+    assert (run / "model.safetensors").read_bytes() == undisturbed
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one_does(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two launchers of one process each, that share no cache."""
+    options = ["small-different" if word == "large-different" else word for word in LOOP] + [
+        "--boundary-cache",
+        "always",
+    ]
+    assert main(["train", str(data), "--output", str(tmp_path / "one"), *options]) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shape = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port]
+    words = ["-m", "finetune", "train", str(data), "--output", str(tmp_path / "two"), *options]
+    machines = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *shape, "--node-rank", str(rank), *words],
+            env={**os.environ, "PYTHONPATH": str(PROJECT), "FINETUNE_CACHE": str(tmp_path / f"cache-{rank}")},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for machine in machines:
+        _, said = machine.communicate(timeout=120)
+        assert machine.returncode == 0, said
+    assert numbers(tmp_path / "two") == pytest.approx(numbers(tmp_path / "one"), abs=1e-6)
+    for rank in range(2):
+        monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / f"cache-{rank}"))
+        kept = [each for each in list_cache() if each.kind == "activations"]
+        assert sum(each.rows for each in kept) >= 43, "each has the features of all images"
 
 
 @pytest.mark.slow
@@ -378,7 +429,7 @@ def test_one_process_under_the_launcher_is_restarted_too(data: Path, tmp_path: P
     with subprocess.Popen(command, env=environment, text=True, stderr=-3) as job:
         try:
             when_epochs(tmp_path / "run", 4)
-            kill_a_worker(job)
+            kill_rank(0)(job)
             assert job.wait(60) == 0
         finally:
             job.kill()

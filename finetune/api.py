@@ -231,7 +231,7 @@ def predict(
 
     Raises:
         RunError, ModelError: The model cannot be loaded, or its network cannot slide.
-        DataError: A shard named outright cannot be read.
+        DataError: The only input is a shard that cannot be read.
         PredictionInputError: An input holds no image, or a pattern matches nothing.
     """
     processes = join_processes(device)
@@ -313,17 +313,24 @@ def advise(
     with TrunkPass(
         pooled_trunk(backbone), data_root=listing.root, images=len(listing.rows), device=place, reporter=reporter
     ) as trunk_pass:
-        is_part = is_sampled(len(listing.rows), classes=len(listing.class_names))
-        onlooker = None if is_part else trunk_pass
+        onlooker = None if is_sampled(len(listing.rows), classes=len(listing.class_names)) else trunk_pass
         images = read_images(Path(data), listing=listing, onlooker=onlooker, reporter=reporter)
         require_trainable(images.diagnosis)
         table = split_table(images.scan.table, seed=seed)
-        part = sample_to_study(table, seed=seed) if is_part else table
-        study = study_images(trunk_pass, part, images.label_map, seed=seed, reporter=reporter)
+        train_N = table.select("train").class_indices(images.label_map)
+        is_part = len(backbone.stages) > 1 and is_sampled(len(train_N), classes=len(images.label_map))
+        study = study_images(
+            trunk_pass,
+            sample_to_study(table, seed=seed) if is_part else table,
+            images.label_map,
+            augmentation="none" if is_part else "light",
+            seed=seed,
+            reporter=reporter,
+        )
     evidence = measure(
         study.train,
         study.probe,
-        class_indices_N=table.select("train").class_indices(images.label_map),
+        class_indices_N=train_N,
         is_pretrained=backbone.is_pretrained,
         device=place,
     )

@@ -55,6 +55,8 @@ class _Sample:
     faults: list[str] = field(default_factory=list)
     parts: list[tuple[str, int, int]] = field(default_factory=list)
     """Pictures whose name goes on between key and extension; likewise."""
+    links: list[str] = field(default_factory=list)
+    """Names of pictures that are no plain files."""
 
 
 def find_shards(files: Iterable[Path]) -> dict[Path, Split]:
@@ -98,7 +100,7 @@ def list_shards(shards: Mapping[Path, Split]) -> Rows:
             except (OSError, tarfile.TarError) as error:
                 faults.append(f"{shard.name} cannot be read: {error}")
                 continue
-            _listed[str(shard)] = columns["stamp"].tolist()
+            _listed[os.path.abspath(shard)] = columns["stamp"].tolist()  # noqa: PTH100 (as below)
             listing = json.loads(columns["listing"].tobytes())
             faults.extend(f"{fault} in {shard.name}" for fault in listing["faults"])
             for name, label in listing["pictures"] if not faults else ():
@@ -111,7 +113,7 @@ def list_shards(shards: Mapping[Path, Split]) -> Rows:
 
 
 def pictures_of(shard: Path) -> list[Path]:
-    """Return the paths of the pictures in a shard, with a label or without, in its order.
+    """Return the paths of all pictures in a shard, whatever the convention says of them.
 
     Raises:
         DataError: It cannot be read.
@@ -120,7 +122,7 @@ def pictures_of(shard: Path) -> list[Path]:
         listing = json.loads(_columns(shard, ["listing"])["listing"].tobytes())
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"the shard {shard} cannot be read: {error}", "make it anew") from error
-    return [shard / name for name, _ in listing["pictures"]]
+    return [shard / name for name in [*(name for name, _ in listing["pictures"]), *listing["others"]]]
 
 
 def read_packed(path: str) -> bytes:
@@ -149,7 +151,7 @@ def packed_state(path: str) -> tuple[int, int]:
 def _place_of(path: str) -> tuple[str, int, int, int]:
     """Return the shard that the picture `path` is in, its offset and size there, and when the shard was changed."""
     for match in re.finditer(r"\.tar/", path, re.IGNORECASE):
-        shard, name = path[: match.end() - 1], path[match.end() :]
+        shard, name = os.path.abspath(path[: match.end() - 1]), path[match.end() :]  # noqa: PTH100 (as below)
         if os.path.isfile(shard):  # noqa: PTH113 (there may be a million)
             stamp = _stamp(shard)
             if _listed.get(shard, stamp) != stamp:  # what lies under a key now may have another label
@@ -186,7 +188,7 @@ def _columns(shard: Path, names: Sequence[str]) -> Mapping[str, Array]:
     """Return columns of the index of `shard`, which is made where none is kept that is of this version of the file."""
     stamp = np.array(_stamp(shard))
     folder = cache_folder() / "scans"
-    file = folder / f"{hashlib.sha256(b'shard ' + os.fsencode(shard)).hexdigest()[:32]}.npz"
+    file = folder / f"{hashlib.sha256(b'shard ' + os.fsencode(shard.absolute())).hexdigest()[:32]}.npz"
     may_keep = not is_inside(folder, shard.parent)
     kept = read_arrays(file, {*names, "stamp"}) if may_keep else None
     if kept is None or not np.array_equal(kept["stamp"], stamp):
@@ -232,6 +234,7 @@ def _take_down(member: tarfile.TarInfo, tar: tarfile.TarFile, samples: dict[str,
     is_picture = f".{extension}" in IMAGE_EXTENSIONS
     if (is_picture or extension in ("cls", "json")) and (not member.isreg() or member.issparse()):
         sample.faults.append(f"has a {file_name} that is a link or other than a plain file")
+        sample.links += [name] if is_picture else []
     elif is_picture:
         sample.pictures.append((name, member.offset_data, member.size))
     elif posixpath.splitext(extension)[1] in IMAGE_EXTENSIONS and member.isreg():
@@ -282,7 +285,7 @@ def _require_end(shard: Path, offset: int) -> None:
 
 def _index(samples: Mapping[str, _Sample]) -> dict[str, Array]:
     """Return the columns of the index of a shard with these samples."""
-    listing: dict[str, list[Any]] = {"pictures": [], "faults": []}
+    listing: dict[str, list[Any]] = {"pictures": [], "others": [], "faults": []}
     places = []
     for key, sample in samples.items():
         faults = sample.faults
@@ -293,9 +296,10 @@ def _index(samples: Mapping[str, _Sample]) -> dict[str, Array]:
             faults = [f"has {len(sample.pictures)} pictures"] if len(sample.pictures) != 1 else []
             faults += [] if sample.labels else ["has no label"]
         listing["faults"] += [f"{key!r} {fault}" for fault in faults]
-        for name, offset, size in sample.pictures or sample.parts:
-            listing["pictures"].append((name, sample.labels.get("cls", sample.labels.get("json"))))
-            places.append((_key(name), offset, size))
+        label = sample.labels.get("cls", sample.labels.get("json"))
+        listing["pictures"] += [(name, label) for name, _, _ in sample.pictures]
+        listing["others"] += [*(name for name, _, _ in sample.parts), *sample.links]
+        places += [(_key(name), offset, size) for name, offset, size in sample.pictures + sample.parts]
     keys, offsets, sizes = zip(*sorted(places), strict=True) if places else ((), (), ())
     return {
         "keys": np.array(keys, np.uint64),

@@ -13,7 +13,7 @@ from finetune.data.decode import decode_image
 from finetune.data.formats import looks_like_image
 from finetune.data.shards import find_shards, pictures_of
 from finetune.data.transforms import to_tensor
-from finetune.errors import DataError, ImageError, PredictionInputError
+from finetune.errors import DataError, ImageError, PredictionInputError, first_ten
 from finetune.prediction.classifier import Classifier
 from finetune.runs.processes import ALONE, Processes, peer_faults
 from finetune.runs.records import FailedPrediction, Prediction
@@ -23,11 +23,11 @@ def find_inputs(inputs: Sequence[str]) -> list[Path]:
     """Turn files, folders (with all below) and patterns into a list of image paths, each input in its own order.
 
     A tar file, or in a folder one that is a shard by its name, stands for the pictures in it. Any other file named
-    outright is taken whatever it is, so that what is wrong with it is told with its prediction, and so is a shard among
-    others that cannot be read.
+    outright is taken whatever it is, so that what is wrong with it is told with its prediction, and so is a shard that
+    cannot be read, unless it is the only input.
 
     Raises:
-        DataError: A shard named outright cannot be read.
+        DataError: The only input is a shard that cannot be read.
         PredictionInputError: An input holds no image, or a pattern matches nothing.
     """
     paths: list[Path] = []
@@ -45,12 +45,10 @@ def find_inputs(inputs: Sequence[str]) -> list[Path]:
             if not matched:
                 raise PredictionInputError(f"no file matches {text}", "check the pattern")
             paths += _unpacked(file for file in matched if file.is_file())
-        elif _is_tar(path):
-            if not (pictures := pictures_of(path)):
-                raise PredictionInputError(f"the shard {text} holds no images", "check the path")
-            paths += pictures
         else:
-            paths.append(path)
+            paths += pictures_of(path) if _is_tar(path) and len(inputs) == 1 else _unpacked([path])
+    if inputs and not paths:
+        raise PredictionInputError(f"there are no images in {first_ten(inputs)}", "check the path")
     return paths
 
 

@@ -129,7 +129,7 @@ def _new_job(
                     processes=processes,
                 )
             )
-        is_part = is_studied_by_sample(config, images=len(listing.rows), classes=len(listing.class_names))
+        is_part = is_studied_by_sample(config, backbone, images=len(listing.rows), classes=len(listing.class_names))
         onlooker = None if is_part else trunk_pass
         table, label_map = _images(config, run, listing, onlooker=onlooker, processes=processes, reporter=reporter)
         plans = start_network(
@@ -365,5 +365,6 @@ def _refuse_other_phases(
 
 def _forget_later_events(run: RunFolder, saved: SavedState) -> None:
     """Cut metrics.jsonl back to where the saved state left it: what came after will happen again."""
-    with run.metrics.open("r+b") as file:
-        file.truncate(min(saved.values["metrics_bytes"], file.seek(0, os.SEEK_END)))  # less after a power cut
+    if run.metrics.exists():
+        kept = run.metrics.read_bytes()[: saved.values["metrics_bytes"]]
+        os.truncate(run.metrics, kept.rfind(b"\n") + 1)  # a power cut may have taken the end of a line

@@ -40,11 +40,10 @@ def run_job(job: Job, reporter: Reporter, *, watchers: Sequence[Watcher] = ()) -
     """
     started = time.monotonic()
     with Interruption(job.processes) as interruption, ExitStack() as stack:
-        others = list(watchers)
-        if job.processes.is_main:
-            others.append(EpochRecorder(job.run, reporter))
-            if job.config.tracker != "none":
-                others.append(stack.enter_context(closing(Tracking(job.config.tracker, job.run, job.config))))
+        recorder = EpochRecorder(job.run, reporter) if job.processes.is_main else None
+        others = [recorder, *watchers] if recorder else list(watchers)
+        if job.config.tracker != "none" and job.processes.is_main:
+            others.append(stack.enter_context(closing(Tracking(job.config.tracker, job.run, job.config))))
         while True:
             _run_phase(job, interruption, others, reporter)
             is_out_of_time = job.budget is not None and job.budget.is_used_up
@@ -52,6 +51,8 @@ def run_job(job: Job, reporter: Reporter, *, watchers: Sequence[Watcher] = ()) -
                 break
             job.progress.next_phase()
             job.enter_phase()
+    if recorder and recorder.refusals:
+        recorder.record(job.progress)
     if interruption.received is not None and job.progress.is_interrupted:
         folder = job.folder or job.run.path
         reporter.say(f"Interrupted; the state is saved. Go on with: finetune train --output {folder} --resume")

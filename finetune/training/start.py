@@ -48,9 +48,10 @@ def is_studied(config: TrainConfig, backbone: Backbone) -> bool:
     return backbone.is_pretrained or len(backbone.stages) == 1 or _requested(config) not in ("auto", "large-different")
 
 
-def is_studied_by_sample(config: TrainConfig, *, images: int, classes: int) -> bool:
-    """Tell whether a sample of so many images is studied: not where no more than the head is asked to learn."""
-    return _requested(config) != "small-similar" and is_sampled(images, classes=classes)
+def is_studied_by_sample(config: TrainConfig, backbone: Backbone, *, images: int, classes: int) -> bool:
+    """Tell whether a sample of so many training images is studied: not where no more than the head will learn."""
+    has_body = len(backbone.stages) > 1
+    return has_body and _requested(config) != "small-similar" and is_sampled(images, classes=classes)
 
 
 def start_network(
@@ -83,13 +84,13 @@ def start_network(
     evidence = count_images(train_N)
     baselines = Baselines(majority=majority_accuracy(train_N, valid_N))
     if trunk_pass:
-        is_part = is_studied_by_sample(config, images=len(table), classes=len(label_map))
+        is_part = is_studied_by_sample(config, backbone, images=len(train_N), classes=len(label_map))
         study = study_images(
             trunk_pass,
             sample_to_study(table, seed=config.seed) if is_part else table,
             label_map,
             with_probe=config.head != "knn" and (has_body or config.loss == "cross-entropy"),
-            augmentation="none" if config.budget else config.augmentation,  # which has time for one look at each image
+            augmentation="none" if is_part or config.budget else config.augmentation,
             class_weights_K=_class_weights(config, train_N, len(label_map)),
             seed=config.seed,
             reporter=reporter,

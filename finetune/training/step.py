@@ -147,7 +147,7 @@ def train_step(learner: Learner, batch: Sequence[Any] | None, *, step: int = 1) 
     update is that of the whole batch, but for BatchNorm in train mode, which sees one part at a time.
 
     Raises:
-        DivergedError: Loss or gradient is not finite; nothing was changed.
+        DivergedError: Loss or gradient is not finite; no weight was changed.
         RuntimeError: The memory does not suffice for a single image.
     """
     if batch is not None:

@@ -15,13 +15,15 @@ from finetune.models.freezing import LITTLE_BELOW
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
 
-FEW_IMAGES = 5
-"""Images a class up to which the probe learns from augmented VIEWS of each too (tests/benchmarks/probe_views.py)."""
-VIEWS = 4
-MANY_IMAGES = 500_000
-"""Images above which a sample is studied, as long as it has many of each class: what fine-tuning starts from."""
-STUDIED_IMAGES = 50_000
-GENTLE: tuple[Augmentation, ...] = ("light", "affine")  # of the others measured there, none gains by it
+FEW_IMAGES, VIEWS_OF_FEW = 5, 4
+"""Up to how many images a class the probe learns from how many augmented views of each too.
+
+Chosen by tests/benchmarks/probe_views.py, as the kinds of views are.
+"""
+GENTLE: tuple[Augmentation, ...] = ("light", "affine")  # of the others, none gains by it
+MOST_VIEWED_CLASSES = 1_000  # of more, the numbers that the probe is solved with would take gigabytes
+MANY_IMAGES, STUDIED_IMAGES = 500_000, 50_000
+"""Above how many training images a sample is studied, and of how many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +83,9 @@ def study_images(
     valid = trunk_pass.features(held_back, label_map, reporter) if len(held_back) else None
     probe, views = None, []
     if with_probe:
-        if augmentation in GENTLE and len(train) <= FEW_IMAGES * len(np.unique(train.class_indices_N)):
-            for number in range(VIEWS):
+        classes = len(np.unique(train.class_indices_N))
+        if augmentation in GENTLE and len(train) <= FEW_IMAGES * classes and classes <= MOST_VIEWED_CLASSES:
+            for number in range(VIEWS_OF_FEW):
                 view = View(augmentation=augmentation, seed=seed, number=number)
                 with trunk_pass.of_view(view, images=len(train)) as view_pass:
                     views.append(view_pass.features(learned_from, label_map, reporter).features_ND)
@@ -111,7 +114,10 @@ def study_images(
 
 
 def is_sampled(images: int, *, classes: int) -> bool:
-    """Tell whether of so many images of so many classes a sample is enough to study."""
+    """Tell whether a sample of so many training images is enough to study.
+
+    So it is where that is only what fine-tuning starts from, as with much data of every class.
+    """
     return images > MANY_IMAGES and images >= LITTLE_BELOW * classes
 
 
@@ -123,8 +129,10 @@ def sample_to_study(table: ImageTable, *, seed: int) -> ImageTable:
         own = generator.permutation(np.flatnonzero(table.rows.split_codes == SPLITS.index(split)))
         by_class = own[np.argsort(table.rows.label_codes[own], kind="stable")]
         spread = np.linspace(0, len(own) - 1, min(STUDIED_IMAGES, len(own))).round().astype(np.int64)
-        first = np.unique(table.rows.label_codes[by_class], return_index=True)[1]
-        kept.append(by_class[np.union1d(spread, first)])
+        codes = table.rows.label_codes[by_class]
+        classes, first = np.unique(codes, return_index=True)
+        missing = first[~np.isin(classes, codes[spread])]
+        kept.append(by_class[np.union1d(spread, missing)])
     return ImageTable(table.root, table.rows.take(np.sort(np.concatenate(kept))))
 
 

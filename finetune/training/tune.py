@@ -128,7 +128,7 @@ def opened_study(config: TrainConfig) -> Iterator[TrainConfig]:
     is_there = (study.path / STUDY_FILE).exists()
     if config.resume and not is_there:
         raise RunError(f"there is no study to go on with in {study.path}", "check --output, or leave --resume out")
-    if not config.resume and study.path.exists() and any(study.path.iterdir()):
+    if not config.resume and study.path.is_dir() and any(study.path.iterdir()):
         raise RunError(f"{study.path} is not empty", "pass --resume to go on with its study, or another --output")
     config = replace(config, data=str(Path(config.data).resolve()), resume=False, overwrite=False)
     with hold_folder(study.path):

@@ -8,48 +8,55 @@ from finetune.errors import StorageError
 from finetune.runs.folder import RunFolder
 from finetune.runs.reporting import Advance, Reporter
 from finetune.training.checkpoint import FAILURES_BORNE
-from finetune.training.progress import Progress
+from finetune.training.progress import History, Progress
 
 
 class EpochRecorder:
-    """A watcher that appends one event an epoch to metrics.jsonl; what the disk refuses is told and tried again.
+    """A watcher that appends the scores of the start and of every epoch to metrics.jsonl.
+
+    What the disk refuses is told, and taken from the history as soon as the disk takes it.
 
     Raises:
-        StorageError: As many events wait as refused saves are borne.
+        StorageError: The disk has refused as often in a row as is borne of saves.
     """
 
     def __init__(self, run: RunFolder, reporter: Reporter) -> None:
+        events = [event["event"] for event in run.events()]
         self.run = run
         self.reporter = reporter
-        self.waiting: list[tuple[str, dict[str, float]]] = []
+        self.has_start, self.epochs = "start" in events, events.count("epoch")
+        self.refusals = 0
 
     def epoch_started(self, progress: Progress) -> None:
         """Record the scores of the start, before the first epoch."""
-        if progress.is_new:
-            history = progress.history
-            scores = {"valid_loss": history.start_loss, "valid_accuracy": history.start_accuracy}
-            self._record("start", _finite(scores))
+        if not self.has_start:
+            self.record(progress)
 
     def step_ended(self, progress: Progress) -> None:
         """Nothing to do."""
 
     def epoch_ended(self, progress: Progress) -> None:
         """Record the scores of the epoch."""
-        last = {name: values[-1] for name, values in progress.history.series().items()}
-        best = progress.history.best_epoch
-        self._record("epoch", {"epoch": progress.epoch, **_finite(last), "best_epoch": best})
+        self.record(progress)
 
-    def _record(self, event: str, values: dict[str, float]) -> None:
-        self.waiting.append((event, values))
-        while self.waiting:
-            try:
-                self.run.record(*self.waiting[0])
-            except StorageError as error:
-                if len(self.waiting) >= FAILURES_BORNE:
-                    raise
-                self.reporter.warn(f"{error.message}; the {event} will be recorded later.")
-                return
-            self.waiting.pop(0)
+    def record(self, progress: Progress) -> None:
+        """Append what metrics.jsonl lacks."""
+        history = progress.history
+        try:
+            if not self.has_start:
+                self.run.record(
+                    "start", _finite({"valid_loss": history.start_loss, "valid_accuracy": history.start_accuracy})
+                )
+                self.has_start = True
+            for epoch in range(self.epochs + 1, progress.epoch + 1):
+                self.run.record("epoch", _scores(history, epoch))
+                self.epochs = epoch
+            self.refusals = 0
+        except StorageError as error:
+            self.refusals += 1
+            if self.refusals >= FAILURES_BORNE:
+                raise
+            self.reporter.warn(f"{error.message}; it will be tried again.")
 
 
 class ProgressBar:
@@ -93,6 +100,15 @@ class ProgressBar:
             f"Epoch {progress.epoch}/{progress.epochs}: train loss {history.train_loss[-1]:.3f}, accuracy "
             f"{history.train_accuracy[-1]:.1%}{valid}; {history.seconds[-1]:.0f} s{star}"
         )
+
+
+def _scores(history: History, epoch: int) -> dict[str, float]:
+    """Return what was measured at the end of an epoch, counted from 1, and which epoch was the best until then."""
+    accuracies = [history.start_accuracy, *history.valid_accuracy[:epoch]]
+    is_scored = math.isfinite(accuracies[-1])  # else nothing is held back, and the last weights are kept
+    best = max(range(epoch + 1), key=accuracies.__getitem__) if is_scored else epoch
+    scores = {name: values[epoch - 1] for name, values in history.series().items()}
+    return {"epoch": epoch, **_finite(scores), "best_epoch": best}
 
 
 def _finite(scores: dict[str, float]) -> dict[str, float]:

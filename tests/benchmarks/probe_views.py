@@ -1,8 +1,8 @@
 """Whether a probe of few images gains by augmented views of each: 1 to 10 images a class, 0 to 8 views beside them.
 
 Run it with `python tests/benchmarks/probe_views.py`; it writes results/probe_views.{json,md}. It is what FEW_IMAGES and
-VIEWS of finetune/training/study.py were chosen by, so its images are those of probe_penalties.py, which no other result
-is reported on.
+VIEWS_OF_FEW of finetune/training/study.py were chosen by, so its images are those of probe_penalties.py, which no other
+result is reported on.
 """
 
 import statistics

@@ -1,5 +1,7 @@
 """Inputs found, and many images predicted one after the other."""
 
+import io
+import os
 import shutil
 import tarfile
 from collections.abc import Iterator
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import finetune
+from finetune.data.decode import read_image_file
 from finetune.errors import DataError, PredictionInputError
 from finetune.prediction import batch
 from finetune.prediction.batch import find_inputs, predict_many
@@ -47,7 +50,7 @@ def test_patterns_are_expanded_unless_a_file_has_that_name(folder: Path) -> None
 
 
 @pytest.fixture
-def shards(folder: Path) -> Path:
+def shards(folder: Path, fresh_cache: Path) -> Path:
     """A shard without labels, and another archive."""
     packed = folder / "packed"
     packed.mkdir()
@@ -71,27 +74,55 @@ def test_a_shard_stands_for_its_pictures(shards: Path, flowers_run: Path, folder
     assert [replace(result, image="") for result in packed] == [replace(result, image="") for result in alone]
 
 
-def test_a_shard_that_cannot_be_read_is_an_error_where_it_was_named_and_stops_no_other(
-    shards: Path, flowers_run: Path
-) -> None:
+def test_no_picture_of_a_shard_is_left_out(folder: Path, flowers_run: Path) -> None:
+    with tarfile.open(folder / "photos.tar", "w") as tar:
+        tar.add(folder / "0.JPG", "a.JPG")
+        tar.add(folder / "2.JPG", "a.edited.JPG")
+        link = tarfile.TarInfo("b.JPG")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.JPG"
+        tar.addfile(link)
+    *found, failed = predict_many(load_classifier(flowers_run), find_inputs([str(folder / "photos.tar")]))
+    assert [Path(each.image).name for each in [*found, failed]] == ["a.JPG", "a.edited.JPG", "b.JPG"]
+    assert all(isinstance(each, Prediction) for each in found)
+    assert isinstance(failed, FailedPrediction)
+    assert failed.code == "missing"
+
+
+def test_shards_of_one_name_are_told_apart_by_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, order in (("one", "ab"), ("two", "ba")):
+        (tmp_path / name).mkdir()
+        with tarfile.open(tmp_path / name / "p.tar", "w") as tar:
+            for letter in order:
+                member = tarfile.TarInfo(f"{letter}.png")
+                member.size = 1
+                tar.addfile(member, io.BytesIO(letter.encode()))
+        os.utime(tmp_path / name / "p.tar", ns=(0, 0))
+        monkeypatch.chdir(tmp_path / name)
+        read = {path.stem: read_image_file(path) for path in find_inputs(["p.tar"])}
+        assert read == {"a": b"a", "b": b"b"}
+
+
+def test_a_shard_that_cannot_be_read_stops_no_other(shards: Path, flowers_run: Path) -> None:
     whole = (shards / "photos.tar").read_bytes()
-    (shards / "test-000000.tar").write_bytes(whole[: len(whole) // 2])
+    broken = shards / "test-000000.tar"
+    broken.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"test-000000.tar cannot be read"):
-        find_inputs([str(shards / "test-000000.tar")])
+        find_inputs([str(broken)])
     tarfile.open(shards / "train-0.tar", "w").close()
-    assert find_inputs([str(shards)]) == [shards / "test-000000.tar"], "as one of the inputs, with what is wrong"
-    paths = find_inputs([str(shards / "*.tar")])
+    assert find_inputs([str(shards)]) == [broken], "as one of the inputs, with what is wrong"
+    paths = find_inputs([str(shards / "photos.tar"), str(broken)])
+    assert paths == find_inputs([str(shards / "*.tar")])
     *others, failed = predict_many(load_classifier(flowers_run), paths)
     assert all(isinstance(other, Prediction) for other in others)
     assert isinstance(failed, FailedPrediction)
-    assert (len(others), Path(failed.image).name, failed.code) == (3, "test-000000.tar", "not_an_image")
+    assert (len(others), failed.image, failed.code) == (3, str(broken), "not_an_image")
 
 
-@pytest.mark.parametrize("text", ["*.gif", "empty", "empty.tar"])
+@pytest.mark.parametrize("text", ["*.gif", "empty", "empty.tar", "empt*.tar"])
 def test_nothing_found_is_an_error(folder: Path, text: str) -> None:
     (folder / "empty").mkdir()
     tarfile.open(folder / "empty.tar", "w").close()
-    with pytest.raises(PredictionInputError, match=r"empty|gif"):
+    with pytest.raises(PredictionInputError, match=r"empt|gif"):
         find_inputs([str(folder / text)])
 
 

@@ -1,5 +1,6 @@
 """What goes wrong around a training: each with its outcome, and nothing lost."""
 
+import itertools
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -131,12 +132,12 @@ def test_an_image_that_changes_during_training_is_named(
     assert saved_step(folder) >= 3
 
 
-def refuse_records(monkeypatch: pytest.MonkeyPatch, *, times: int) -> None:
-    """Let the disk refuse what comes to metrics.jsonl so many times."""
-    record, refusals = RunFolder.record, iter(range(times))
+def refuse_records(monkeypatch: pytest.MonkeyPatch, *, calls: list[int]) -> None:
+    """Let the disk refuse these of the epochs that come to metrics.jsonl, counted from 1."""
+    record, count = RunFolder.record, itertools.count(1)
 
     def refuse(self: RunFolder, event: str, values: Any) -> None:
-        if event != "epoch" or next(refusals, None) is None:
+        if event != "epoch" or next(count) not in calls:
             return record(self, event, values)
         raise StorageError("cannot write metrics.jsonl: No space left on device", "free some space, then --resume")
 
@@ -147,25 +148,41 @@ def recorded_epochs(folder: Path) -> list[int]:
     return [event["epoch"] for event in RunFolder(folder.parent / "run").events() if event["event"] == "epoch"]
 
 
+@pytest.mark.parametrize("refused", [[1, 2], [3], [2, 3]], ids=str)
 def test_records_that_the_disk_refuses_are_told_and_made_later(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refused: list[int]
 ) -> None:
-    refuse_records(monkeypatch, times=2)
-    train(folder)
+    refuse_records(monkeypatch, calls=refused)
+    run = train(folder)
     assert recorded_epochs(folder) == [1, 2, 3]
-    assert caplog.text.count("No space left on device; the epoch will be recorded later") == 2
+    assert caplog.text.count("No space left on device; it will be tried again") == len(refused)
+    assert finetune.load(run.folder)
 
 
 def test_the_third_record_that_the_disk_refuses_ends_the_run_with_its_saves(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        refuse_records(patch, times=3)
+        refuse_records(patch, calls=[1, 2, 3])
         with pytest.raises(StorageError, match="No space left"):
             train(folder)
     assert saved_step(folder) == 6, "that of the second epoch"
     finetune.train(output=folder.parent / "run", resume=True)
-    assert recorded_epochs(folder)[-1] == 3
+    assert recorded_epochs(folder) == [1, 2, 3]
+
+
+def test_a_record_that_a_power_cut_has_cut_off_is_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 8, stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(folder)
+    metrics = RunFolder(folder.parent / "run").metrics
+    metrics.write_bytes(metrics.read_bytes()[:-9])
+    finetune.train(output=folder.parent / "run", resume=True)
+    assert recorded_epochs(folder) == [1, 2, 3]
 
 
 def test_a_second_process_on_the_same_run_is_refused_by_name(folder: Path) -> None:

@@ -25,7 +25,7 @@ from finetune.runs.folder import RunFolder
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import LoggingReporter
 from finetune.training import study as study_module
-from finetune.training.study import FEW_IMAGES, VIEWS, Study, is_sampled, sample_to_study, study_images
+from finetune.training.study import FEW_IMAGES, VIEWS_OF_FEW, Study, is_sampled, sample_to_study, study_images
 from tests.training.exact_resume import write_images
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
@@ -80,7 +80,7 @@ def look(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> Look:
 
 def test_of_few_images_the_probe_learns_from_views_too(look: Look, make_table: Callable[[int], ImageTable]) -> None:
     study, views = look(make_table(FEW_IMAGES))
-    assert study.views == len(views) == VIEWS
+    assert study.views == len(views) == VIEWS_OF_FEW
     for number, view_ND in enumerate(views):
         assert view_ND.shape == study.train.features_ND.shape
         others = [study.train.features_ND, *views[:number]]
@@ -119,7 +119,7 @@ def _twenty_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_twenty_are_many")
 def test_of_very_many_images_a_sample_is_studied_that_has_every_class(tmp_path: Path) -> None:
-    counts = {"a": 40, "b": 19, "c": 1}
+    counts = {"a": 40, "b": 1, "c": 19}
     rows = [
         ImageRow(image_path=f"{split}/{label}/{number}.png", label=label, split=split)
         for split, share in (("train", 1), ("valid", 0.25), ("test", 1))
@@ -129,10 +129,9 @@ def test_of_very_many_images_a_sample_is_studied_that_has_every_class(tmp_path: 
     table = ImageTable(tmp_path, rows)
     sample = sample_to_study(table, seed=0)
     found = Counter((row.split, row.label) for row in sample.rows)
-    assert found["train", "c"] == found["valid", "c"] == 1
-    assert (found["train", "a"], found["train", "b"]) == (8, 4)
-    assert 12 <= found["valid", "a"] + found["valid", "b"] + found["valid", "c"] <= 13
-    assert found.total() < 27, "none of test"
+    assert [found["train", label] for label in "abc"] == [8, 1, 4], "in proportion, and one of the class between"
+    assert [found["valid", label] for label in "abc"] == [7, 1, 4]
+    assert found.total() == 25, "none of test"
     assert sample_to_study(table, seed=0) == sample != sample_to_study(table, seed=1)
     assert is_sampled(21, classes=3)
     assert not is_sampled(20, classes=3)
@@ -140,7 +139,7 @@ def test_of_very_many_images_a_sample_is_studied_that_has_every_class(tmp_path: 
 
 
 @pytest.mark.usefixtures("_twenty_are_many")
-@pytest.mark.parametrize(("scenario", "computed"), [("large-similar", 25), ("small-similar", 43)])
+@pytest.mark.parametrize(("scenario", "computed"), [("large-similar", 24), ("small-similar", 43)])
 def test_a_training_of_very_many_images_starts_from_a_study_of_some(
     tmp_path: Path, scenario: str, computed: int
 ) -> None:

@@ -55,6 +55,7 @@ from finetune.training.opening import list_data, opened_run, require_outside
 from finetune.training.rate_finder import RateSweep, sweep_rates
 from finetune.training.run import run_job
 from finetune.training.study import is_sampled, sample_to_study, study_images
+from finetune.training.tracking import require_tracker
 from finetune.training.tune import Tuning, opened_study, search_options, searched_options
 
 Pathlike = str | os.PathLike[str]
@@ -93,8 +94,10 @@ def train(
     Raises:
         ConfigError, DataError, ModelError, RunError: Something given cannot be used; the message says what to do.
         DivergedError: The loss is no longer finite.
+        MissingExtraError: The tracker is not installed.
     """
     began, asked = began or time.monotonic(), _whole_config(data, config, options)
+    require_tracker(asked.tracker)
     processes = join_processes(asked.device)
     reporter = _voice(reporter, processes)
     with (
@@ -133,6 +136,8 @@ def find_learning_rate(
     reporter, asked = reporter or LoggingReporter(), _whole_config(data, config, options)
     if asked.resume:
         raise ConfigError("a training that has begun keeps its rates", "look for a rate without --resume")
+    if asked.folds:
+        raise ConfigError("the rates of one training are swept", "look for a rate without --folds")
     if launched_count() > 1:
         raise ConfigError("the rates are swept by one process", "look for a rate without a launcher such as torchrun")
     with opened_run(asked, ALONE) as (whole, listing, run), deterministic_algorithms(is_asked=whole.deterministic):
@@ -173,6 +178,7 @@ def tune(
         raise ConfigError("a search trains in one process", "tune without a launcher such as torchrun")
     deadline = time.monotonic() + parse_seconds(timeout) if timeout else math.inf
     asked = _whole_config(data, config, options)
+    require_tracker(asked.tracker)
     searched = searched_options(asked, search)
     listing = list_data(asked)
     folder = asked.output or next_free_folder(asked.data, "tune")
@@ -188,6 +194,7 @@ def tune(
             listing,
             reporter or LoggingReporter(),
             searched=searched,
+            is_named=bool(search),
             trials=trials,
             deadline=deadline,
         )

@@ -30,7 +30,7 @@ def run(words: list[str], reporter: ConsoleReporter) -> int:
     start = TrainOptions(**vars(starting_config(words)))
     options = parse(TrainOptions, words, command="train", default=start)
     config = TrainConfig(**{name: getattr(options, name) for name in OPTION_NAMES})
-    if not config.data:
+    if not config.data and not config.resume:
         raise ConfigError("no DATA to train on", "name a folder or CSV of labelled images: finetune train DATA")
 
     if options.find_learning_rate:

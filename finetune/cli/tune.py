@@ -46,7 +46,7 @@ def run(words: list[str], reporter: ConsoleReporter) -> int:
     start = TuneOptions(**vars(starting_config(words)))
     options = parse(TuneOptions, words, command="tune", default=start)
     config = TrainConfig(**{name: getattr(options, name) for name in OPTION_NAMES})
-    if not config.data:
+    if not config.data and not config.resume:
         raise ConfigError("no DATA to train on", "name a folder or CSV of labelled images: finetune tune DATA")
 
     from finetune.api import tune

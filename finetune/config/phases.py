@@ -7,7 +7,7 @@ from typing import Literal
 from finetune.errors import ConfigError
 
 EXAMPLE = 'write "head:5,all:10:0.1", "top2:10,all:10:0.1" or "gradual:2"'
-_PHASE = re.compile(r"(head|all|top[1-9]\d{0,3}|gradual):(\d{1,6})(?::([\d.eE-]+))?")
+_PHASE = re.compile(r"(head|all|top[1-9]\d{0,3}|gradual):(\d{1,6})(?::([\d.eE+-]+))?")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -194,12 +194,12 @@ def find_model_file(path: Path) -> Path:
         return path
     if not os.path.exists(path):  # noqa: PTH110
         raise RunError(f"there is no run folder or model file {path}", "check the path; `finetune train` prints it")
-    model = RunFolder(path).model
-    if not model.is_file():
-        raise RunError(
-            f"{path} holds no model.safetensors", "its training has not ended: go on with `finetune train --resume`"
-        )
-    return model
+    run = RunFolder(path)
+    if not run.model.is_file():
+        has_begun = any(run.checkpoints.glob("step-*")) or run.folds.is_dir()
+        hint = "its training has not ended: go on with `finetune train --resume`" if has_begun else "train one first"
+        raise RunError(f"{path} holds no model.safetensors", hint)
+    return run.model
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

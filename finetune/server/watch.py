@@ -1,6 +1,7 @@
 """Live curves in a browser: one page, and the epochs of the watched runs as JSON, read anew at every request."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from http import HTTPStatus
@@ -49,8 +50,20 @@ def watch_server(runs: Sequence[Path], *, port: int = 0) -> ThreadingHTTPServer:
     return server
 
 
-def curves(run: Path) -> dict[str, Any]:
-    """Return the epochs of a run folder: its name, the number of each epoch, and a list for each of `SERIES`.
+def all_curves(runs: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return the `curves` of each of `runs` once, and of the folds of a cross-validation, under names of their own."""
+    folders = dict.fromkeys(run.resolve() for run in runs)
+    taken = Counter(folder.name for folder in folders)
+    named = {folder: folder.name if taken[folder.name] == 1 else str(folder) for folder in folders}
+    found = []
+    for folder, name in named.items():
+        folds = sorted(RunFolder(folder).folds.glob("fold-*"), key=lambda fold: (len(fold.name), fold.name))
+        found += [curves(folder, name), *(curves(fold, f"{name} {fold.name}") for fold in folds)]
+    return found
+
+
+def curves(run: Path, name: str) -> dict[str, Any]:
+    """Return the epochs of a run folder: its `name`, the number of each epoch, and a list for each of `SERIES`.
 
     Epoch 0 is the start, which has no training scores. `best_epoch` is the one whose weights are kept so far, and
     `state` is "training", "finished", "stopped" or what is wrong with the folder.
@@ -64,7 +77,7 @@ def curves(run: Path) -> dict[str, Any]:
     epochs = [event | {"epoch": 0} for event in events if event["event"] == "start"]
     epochs += [event for event in events if event["event"] == "epoch"]
     return {
-        "name": run.resolve().name,
+        "name": name,
         "epochs": [event["epoch"] for event in epochs],
         **{name: [event.get(name) for event in epochs] for name in SERIES},
         "best_epoch": epochs[-1].get("best_epoch") if epochs else None,
@@ -92,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
             name, kind = PAGE_FILES[self.path]
             self._answer(PAGE.joinpath(name).read_bytes(), kind)
         elif self.path == "/runs.json":
-            self._answer(strict_json.dump([curves(run) for run in self.runs]).encode(), "application/json")
+            self._answer(strict_json.dump(all_curves(self.runs)).encode(), "application/json")
         else:
             self.send_error(HTTPStatus.NOT_FOUND)
 

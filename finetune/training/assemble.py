@@ -203,6 +203,7 @@ def _saved_job(
     backbone = _network(config, listing, device, is_filled_later=True)
     names = [stage.name for stage in backbone.stages]
     config = replace(config, phases=config.phases or identity["phases"])
+    _refuse_fewer_epochs(config, saved, run)
     plans = _saved_plans(config, identity["plans"], names)
     _refuse_other_phases(config, plans, names, run, had_phases=bool(identity["phases"]))
     table, label_map = _images(config, run, listing, onlooker=None, processes=processes, reporter=reporter)
@@ -347,6 +348,15 @@ def refuse_changes(config: TrainConfig, options: dict[str, Any], run: RunFolder)
     ]
     if changes:
         raise RunError(f"{run.path} cannot be resumed: {'; '.join(changes)}", ANEW)
+
+
+def _refuse_fewer_epochs(config: TrainConfig, saved: SavedState, run: RunFolder) -> None:
+    done = saved.values["progress"]["epoch"]
+    if config.epochs != "auto" and config.epochs < done:
+        raise RunError(
+            f"{run.path} cannot be resumed: {done} epochs are done, and --epochs asks for {config.epochs}",
+            "ask for more, or leave --epochs out to go on as it was planned",
+        )
 
 
 def _refuse_other_phases(

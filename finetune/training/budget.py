@@ -96,6 +96,12 @@ class Budget:
         smaller = (round(share * size_px / SIZE_STEP_PX) * SIZE_STEP_PX for share in SMALLER_SHARES)
         sizes = [size_px, *(size for size in smaller if SIZE_STEP_PX <= size < size_px)]
         affordable = self.left - self.ending
+        if affordable <= 0:
+            raise ConfigError(
+                f"--budget {self.seconds:.0f}s does not do: to start took {self.seconds - self.left:.0f} s, and "
+                f"{self.ending:.0f} s are kept for the end",
+                f"take a longer --budget, such as {math.ceil((self.seconds - affordable + 4 * look) / 60)}m",
+            )
         for size in sizes:
             if look * (size / size_px) ** 2 * (1 + FORWARDS_AN_EPOCH) <= affordable:
                 return size
@@ -103,7 +109,7 @@ class Budget:
         if least > affordable:
             raise ConfigError(
                 f"--budget {self.seconds:.0f}s does not do: a look at each of the {images:,} images takes "
-                f"about {least:.0f} s, and {max(affordable, 0):.0f} s are left",
+                f"about {least:.0f} s, and {affordable:.0f} s are left",
                 f"take a longer --budget, such as {math.ceil((self.seconds - affordable + 4 * least) / 60)}m",
             )
         return sizes[-1]

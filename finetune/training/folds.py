@@ -11,6 +11,7 @@ from statistics import median_low
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from scipy.stats import t
 from sklearn.model_selection import StratifiedGroupKFold
@@ -103,7 +104,7 @@ def _refuse_changes(config: TrainConfig, run: RunFolder) -> None:
     if (before.folds, before.epochs, before.phases) != (config.folds, config.epochs, config.phases):
         raise RunError(
             f"{run.path} cannot be resumed: --folds, --epochs and --phases were {before.folds}, {before.epochs!r} and "
-            f"{before.phases!r}",
+            f"{before.phases!r} and are {config.folds}, {config.epochs!r} and {config.phases!r}",
             ANEW,
         )
     refuse_changes(config, fixed_options(before), run)
@@ -153,8 +154,14 @@ def fold_numbers(table: ImageTable, *, folds: int, seed: int) -> Array:
             f"nothing is left to learn from where it is held back: {first_ten(map(repr, alone))}",
             "add images to these classes, or train without --folds",
         )
-    if np.bincount(pool.label_codes).max() < folds or len(set(component_of.tolist())) < folds:
+    if np.bincount(pool.label_codes).max() < folds:
         raise DataError(f"no class has {folds} images, one for each fold", "take fewer --folds")
+    if (groups := len(set(component_of.tolist()))) < folds:
+        raise DataError(
+            f"there are {groups} groups of images that must stay together, which is less than one for each of "
+            f"{folds} folds",
+            "take fewer --folds",
+        )
     splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
     fold_of = np.full(len(rows), -1)
     with warnings.catch_warnings():
@@ -201,7 +208,8 @@ def _train_fold(
     processes: Processes,
 ) -> _Fold:
     """Train with the split of `table`, unless that has been done, and return what came of it."""
-    if not processes.from_main(run.held_out.exists):
+    fold = processes.from_main(lambda: _read_fold(run))
+    if fold is None:
         config = replace(config, folds=0, tracker="none", output=run.path)
         with ExitStack() as stack:
             config = processes.from_main(lambda: _open(config, run, table, stack))
@@ -211,7 +219,9 @@ def _train_fold(
             if processes.is_main:
                 write_whole(run.held_out, _packed(job))
                 shutil.rmtree(run.checkpoints, ignore_errors=True)
-    return processes.from_main(lambda: _read_fold(run))
+        fold = processes.from_main(lambda: _read_fold(run))
+    assert fold is not None
+    return fold
 
 
 def _open(config: TrainConfig, run: RunFolder, table: ImageTable, stack: ExitStack) -> TrainConfig:
@@ -280,8 +290,12 @@ def _packed(job: Job) -> bytes:
     return bytes(save({**arrays, **encoded}))
 
 
-def _read_fold(run: RunFolder) -> _Fold:
-    values = load(run.held_out.read_bytes())
+def _read_fold(run: RunFolder) -> _Fold | None:
+    """Return what came of a fold, None where it has not ended or that has been damaged."""
+    try:
+        values = load(run.held_out.read_bytes())
+    except (OSError, SafetensorError):
+        return None
     texts = {
         name: values[name].tobytes().decode(errors="surrogateescape") for name in ("image_paths", "epochs", "scenario")
     }

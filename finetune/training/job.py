@@ -111,7 +111,7 @@ class Job:
             self.reporter.say(
                 f"Budget of {self.budget.seconds:.0f} s: {epochs} of {self.plan.epochs} epochs of "
                 f"{pace.later_epoch:.1f} s at {self.backbone.input_spec.image_size_px} px; "
-                f"{self.budget.left:.0f} s are left."
+                f"{max(self.budget.left, 0):.0f} s are left."
             )
             self.plans, self.had_no_time = (replace(self.plan, epochs=epochs),), epochs == 0
         self.learner = self._build_learner()

@@ -9,7 +9,7 @@ from finetune.config import TrainConfig, from_yaml
 from finetune.data.check import require_classes
 from finetune.data.listing import Listing, list_images
 from finetune.data.loaders import worker_faults
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, RunError
 from finetune.runs.folder import RunFolder, next_free_folder, open_run
 from finetune.runs.processes import Processes, peer_faults
 
@@ -29,7 +29,10 @@ def list_data(config: TrainConfig) -> Listing:
 
     Raises:
         ConfigError, DataError: There is no DATA, or too few classes in it.
+        RunError: There is no run whose DATA could be taken.
     """
+    if not config.data and config.resume:
+        raise RunError(f"there is no run to resume in {config.output}", "check --output, or leave --resume out")
     if not config.data:
         raise ConfigError("no DATA to train on", "name a folder or CSV of labelled images")
     listing = list_images(Path(config.data))

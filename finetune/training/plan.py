@@ -136,7 +136,7 @@ def phases_text(plans: Sequence[Plan], stages: Sequence[str]) -> str:
         (names.get(frozen := len(plan.frozen_stages), f"top{trunk - frozen}"), plan.epochs, plan.rate_share)
         for plan in plans
     ]
-    return ",".join(f"{learning}:{epochs}:{share:g}" for learning, epochs, share in parts)
+    return ",".join(f"{learning}:{epochs}:{str(share).removesuffix('.0')}" for learning, epochs, share in parts)
 
 
 def _frozen(learning: str | int, trunk: int) -> int:

@@ -16,19 +16,24 @@ TrackerName = Literal["tensorboard", "mlflow", "wandb", "trackio"]
 PROJECT = "finetune"
 
 
+def require_tracker(name: str) -> None:
+    """Make sure that the tracker called `name` can be had.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    if name != "none" and find_spec(name) is None:
+        extra = ' (or pip install "finetune[tensorboard]")' if name == "tensorboard" else ""
+        raise MissingExtraError(f"--tracker {name} needs the package {name}", f"pip install {name}{extra}")
+
+
 class Tracking:
     """A watcher that logs the scores of every epoch under its number; the scores of the start are those of epoch 0.
 
     TensorBoard's files lie in the run folder; the others keep theirs where their own settings say.
-
-    Raises:
-        MissingExtraError: The tracker is not installed.
     """
 
     def __init__(self, name: TrackerName, run: RunFolder, config: TrainConfig) -> None:
-        if find_spec(name) is None:
-            extra = ' (or pip install "finetune[tensorboard]")' if name == "tensorboard" else ""
-            raise MissingExtraError(f"--tracker {name} needs the package {name}", f"pip install {name}{extra}")
         self.accelerator = Accelerator(log_with=name, project_dir=run.path)
         values = {option: value if _is_plain(value) else str(value) for option, value in asdict(config).items()}
         own: dict[str, dict[str, Any]] = {

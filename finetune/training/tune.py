@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from finetune.config.phases import parse_phases
 from finetune.config.schema import OPTION_NAMES, TrainConfig, with_options
 from finetune.config.yaml_io import from_yaml, to_yaml
 from finetune.data.listing import Listing
@@ -43,6 +44,7 @@ SPACE: dict[str, Choice] = {
 SEARCHED = tuple(SPACE)[:5]
 FREE = ("data", "output", "workers", "device")  # may differ where a search goes on
 STUDY_FILE = "study.db"
+SEARCHED_HERE = "searched"
 NAME = "finetune"
 UNPRUNED_TRIALS, UNPRUNED_EPOCHS = 5, 1
 
@@ -68,6 +70,7 @@ def search_options(
     reporter: Reporter,
     *,
     searched: tuple[str, ...],
+    is_named: bool,
     trials: int,
     deadline: float,
 ) -> Tuning:
@@ -82,21 +85,30 @@ def search_options(
         folder: Where the study is or will be.
         listing: The images of DATA.
         reporter: Told of every training.
-        searched: The options to search, as `searched_options` gives them.
+        searched: The options to search, as `searched_options` gives them; a study that goes on keeps its own.
+        is_named: Whether they were named, and so have to be those of the study.
         trials: How many trainings there are to be in all.
         deadline: By time.monotonic(), after which none begins.
 
     Raises:
-        RunError: Nothing was trained.
+        RunError: Nothing was trained, or the study searches other options.
 
     Source: Akiba 2019, Optuna, arXiv 1907.10902; the tree-structured Parzen estimator of Bergstra 2011.
     """
     study = _open_study(folder, seed=config.seed)
+    kept = tuple(study.user_attrs.get(SEARCHED_HERE, searched))
+    if is_named and set(kept) != set(searched):
+        raise RunError(f"{folder} cannot be gone on with: --search was {' '.join(kept)}", "begin with another --output")
+    study.set_user_attr(SEARCHED_HERE, kept)
     while (number := _finished(study)) < trials and (time.monotonic() < deadline or not number):
         trial = study.ask()
-        values = {name: _suggest(trial, name) for name in searched}
+        values = {name: _suggest(trial, name) for name in kept}
         told = ", ".join(f"{name} {_shown(value)}" for name, value in values.items())
-        outcome = _try(config, folder, listing, study=study, trial=trial, values=values)
+        try:
+            outcome = _try(config, folder, listing, study=study, trial=trial, values=values)
+        except (KeyboardInterrupt, SystemExit):
+            reporter.say(f"Interrupted. Go on with: finetune tune --output {folder} --resume")
+            raise
         reporter.say(f"Trial {number + 1} of {trials}: {told}: {outcome}.")
         _keep_the_best(study, folder)
     if not any(trial.value is not None for trial in study.trials):
@@ -221,16 +233,39 @@ def searched_options(config: TrainConfig, names: Sequence[str]) -> tuple[str, ..
     names = tuple(name.replace("-", "_") for name in names)
     if unknown := [name for name in names if name not in SPACE]:
         raise ConfigError(f"these options cannot be searched: {first_ten(unknown)}", nearest(unknown[0], list(SPACE)))
+    for name in names:
+        _require_compatible(config, name)
     defaults = TrainConfig()
-    is_head_only = config.feature_extract or config.head == "knn" or bool(config.phases)
+    without_effect = _without_effect(config)
     free = tuple(
-        name
-        for name in SEARCHED
-        if getattr(config, name) == getattr(defaults, name) and not (name == "scenario" and is_head_only)
+        name for name in SEARCHED if getattr(config, name) == getattr(defaults, name) and name not in without_effect
     )
     if not (names or free):
-        raise ConfigError("there is nothing to search: every option was given", f"name some: {', '.join(SPACE)}")
+        raise ConfigError(
+            "there is nothing to search: every option was given or has no effect", f"name some: {', '.join(SPACE)}"
+        )
     return names or free
+
+
+def _require_compatible(config: TrainConfig, name: str) -> None:
+    """Refuse an option that cannot take its values beside those of `config`."""
+    for value in SPACE[name][1]:
+        try:
+            with_options(config, {name: value})
+        except ConfigError as error:
+            raise ConfigError(f"{name} cannot be searched here: {error.message}", error.hint) from error
+
+
+def _without_effect(config: TrainConfig) -> set[str]:
+    """Return which of the SEARCHED options change nothing where it is given what learns."""
+    if "knn" in (config.head, config.model):
+        return set(SEARCHED)
+    below_the_head = {"trunk_learning_rate", "depth_ratio"}
+    phases = parse_phases(config.phases)
+    is_head_only = config.feature_extract or config.model == "linear" or config.scenario == "small-similar"
+    if is_head_only or (phases and all(phase.learning == "head" for phase in phases)):
+        return {"scenario", *below_the_head}
+    return {"scenario"} if phases else set()
 
 
 def _import_optuna() -> Any:

@@ -16,7 +16,7 @@ import pytest
 
 from finetune.errors import ConfigError, RunError
 from finetune.runs.folder import RunFolder, open_run
-from finetune.server.watch import curves, watch_server
+from finetune.server.watch import all_curves, curves, watch_server
 
 
 def write_epoch(run: Path, number: int, *, best: int = 1) -> None:
@@ -64,20 +64,34 @@ def ask(server: ThreadingHTTPServer, path: str, method: str = "GET", **headers: 
 
 
 def test_the_curves_are_those_of_the_metrics(runs: list[Path]) -> None:
-    found = curves(runs[0])
-    assert found["name"] == "first"
+    found = curves(runs[0], "run")
+    assert found["name"] == "run"
     assert found["epochs"] == [0, 1, 2, 3]
     assert found["train_loss"] == [None, 0.75, 0.5, 0.375]
     assert found["valid_accuracy"] == [0.25, 0.7, 0.8, 0.85]
     assert (found["best_epoch"], found["state"]) == (3, "stopped")
     (runs[0] / "model.safetensors").touch()
-    assert curves(runs[0])["state"] == "finished"
+    assert curves(runs[0], "run")["state"] == "finished"
     (runs[0] / "config.yaml").touch()
     with open_run(runs[0], resume=True, overwrite=False):
-        assert curves(runs[0])["state"] == "training"
+        assert curves(runs[0], "run")["state"] == "training"
     os.utime(runs[0] / "model.safetensors", ns=(0, 0))  # the training has gone on since
-    assert curves(runs[0])["state"] == "stopped"
-    assert curves(runs[2])["epochs"] == []
+    assert curves(runs[0], "run")["state"] == "stopped"
+    assert curves(runs[2], "run")["epochs"] == []
+
+
+def test_runs_of_one_name_are_told_apart_and_folds_are_shown(tmp_path: Path) -> None:
+    for name in ("x/same", "y/same", "z/other", "z/other/folds/fold-10", "z/other/folds/fold-2"):
+        (tmp_path / name).mkdir(parents=True)
+        write_epoch(tmp_path / name, 1)
+    runs = [tmp_path / name for name in ("x/same", "y/same", "z/../x/same", "z/other")]
+    assert [run["name"] for run in all_curves(runs)] == [
+        str(tmp_path / "x" / "same"),
+        str(tmp_path / "y" / "same"),
+        "other",
+        "other fold-2",
+        "other fold-10",
+    ]
 
 
 def test_the_answer_follows_the_training(server: ThreadingHTTPServer, runs: list[Path]) -> None:

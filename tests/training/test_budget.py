@@ -113,6 +113,11 @@ def test_a_budget_that_does_not_do_for_one_look_is_refused(stopped: Clock) -> No
         Budget(60, began=100).image_size(Slow(stopped), size_px=224, channels=3, images=1000, device=CPU)
 
 
+def test_a_budget_that_starting_has_used_up_says_so(stopped: Clock) -> None:
+    with pytest.raises(ConfigError, match=r"--budget 5s does not do: to start took 19 s, and 4 s are kept for the end"):
+        Budget(5, began=97).image_size(Slow(stopped), size_px=224, channels=3, images=0, device=CPU)
+
+
 def test_measuring_the_pace_leaves_no_trace(
     make_learner: Callable[..., Learner], loaders: dict[str, DataLoader[Any]]
 ) -> None:

@@ -77,6 +77,14 @@ def test_images_of_a_group_and_copies_are_in_one_fold() -> None:
         ([*singles("a", 9), *singles("b", 1)], "1 classes have one image.*'b'"),
         ([*singles("a", 2), *singles("b", 2)], "no class has 5 images"),
         ([*singles("a", 4), *singles("b", 4), *singles("c", 4)], "no class has 5 images"),
+        (
+            [
+                replace(row, group=row.image_path[-1:])
+                for row in [*singles("a", 40), *singles("b", 40)]
+                if row.image_path[-1] < "4"
+            ],
+            "there are 4 groups of images that must stay together, which is less than one for each of 5 folds",
+        ),
     ],
 )
 def test_too_few_images_are_refused(rows: list[ImageRow], message: str) -> None:
@@ -188,6 +196,14 @@ def test_a_resume_goes_on_in_the_fold_that_was_interrupted(
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == whole.folder.joinpath(
         "model.safetensors"
     ).read_bytes()
+
+
+def test_a_fold_whose_outcome_is_damaged_is_trained_again(data: Path, tmp_path: Path) -> None:
+    run = RunFolder(finetune.train(data, output=tmp_path / "run", **OPTIONS).folder)
+    before = run.predictions.read_bytes()
+    run.fold(1).held_out.write_bytes(run.fold(1).held_out.read_bytes()[:20])
+    finetune.train(output=run.path, resume=True)
+    assert run.predictions.read_bytes() == before
 
 
 @pytest.mark.parametrize("changes", [{"folds": 1}, {"folds": 21}, {"budget": "5m"}])

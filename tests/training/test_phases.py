@@ -165,6 +165,9 @@ def test_a_lengthened_run_can_be_gone_on_with_by_its_own_config_or_the_old_words
     assert [event["epoch"] for event in events(run.folder) if event["event"] == "epoch"] == list(range(1, 10))
     with pytest.raises(RunError, match=r"--phases was 'head:1:1.* and is 'head:2'"):
         finetune.train(output=folder.parent / "run", resume=True, phases="head:2")
+    with pytest.raises(RunError, match="9 epochs are done, and --epochs asks for 8"):
+        finetune.train(output=folder.parent / "run", resume=True, epochs=8)
+    assert from_yaml(run.folder / "config.yaml").phases.endswith("all:4:1")
     train(folder, "plain", phases="", epochs=1)
     with pytest.raises(RunError, match=r"--phases was '' and is 'all:10'"):
         finetune.train(output=folder.parent / "plain", resume=True, phases="all:10", epochs="auto")

@@ -98,6 +98,13 @@ def test_gradual_unfreezing_frees_one_stage_after_the_other() -> None:
     assert frozen_and_lengths("gradual:2") == [(STAGES[:count], 2, 1.0) for count in (4, 3, 2, 1, 0)]
 
 
+@pytest.mark.parametrize("share", ["0.1", "0.1234567891", "1e-7", "1000000", "1e30", "1e+30"])
+def test_shares_of_phases_are_written_to_the_last_digit(share: str) -> None:
+    plans = plan_phases(plan("large-similar"), parse_phases(f"all:1:{share}"), STAGES)
+    assert plans[0].rate_share == float(share)
+    assert plan_phases(plan("large-similar"), parse_phases(phases_text(plans, STAGES)), STAGES) == plans
+
+
 def test_phases_are_written_as_they_are_read() -> None:
     plans = plan_phases(plan("large-similar"), parse_phases("gradual:2,top2:3:0.5"), STAGES)
     text = phases_text(plans, STAGES)

@@ -63,3 +63,10 @@ def test_the_command_prints_a_rate_and_draws_the_sweep(finetune: Callable[..., A
     sweep = next(event for event in RunFolder(tmp_path / "run").events() if event["event"] == "rate_sweep")
     assert sweep["suggestion"] == float(outcome.out)
     assert not (tmp_path / "run" / "model.safetensors").exists()
+    outcome = finetune("predict", str(tmp_path / "run"), str(path))
+    assert (outcome.code, "train one first" in outcome.err) == (4, True)
+    outcome = finetune("train", str(tmp_path / "data"), "--find-learning-rate", "--folds", "2")
+    assert (outcome.code, "without --folds" in outcome.err) == (2, True)
+    for words in (["train", "--resume", "--output", str(tmp_path / "typo")], ["tune", "--resume", "--output", "typo"]):
+        outcome = finetune(*words)
+        assert (outcome.code, "there is no run to resume in" in outcome.err) == (4, True)

@@ -1,10 +1,12 @@
 """Epochs in an experiment tracker."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import finetune
 from finetune.config import TrainConfig
 from finetune.errors import MissingExtraError
 from finetune.runs.folder import RunFolder
@@ -29,6 +31,10 @@ def test_tensorboard_gets_every_epoch(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("train_accuracy")] == [1, 2]
 
 
-def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("begin", [finetune.train, finetune.tune])
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_made(
+    tmp_path: Path, begin: Callable[..., object]
+) -> None:
     with pytest.raises(MissingExtraError, match="--tracker trackio needs the package trackio"):
-        Tracking("trackio", RunFolder(tmp_path), TrainConfig(data="images"))
+        begin(tmp_path, output=tmp_path / "run", tracker="trackio")
+    assert not list(tmp_path.iterdir())

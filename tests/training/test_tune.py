@@ -24,6 +24,7 @@ OPTIONS: dict[str, Any] = {
     "batch_size": 8,
     "workers": 0,
 }
+SEARCHED_BY_DEFAULT = {"scenario", "trunk_learning_rate", "depth_ratio", "weight_decay", "augmentation"}
 SEARCHED = ("trunk_learning_rate", "weight_decay")
 
 
@@ -52,6 +53,8 @@ def test_the_best_run_is_kept_and_its_options_are_those_it_was_trained_with(data
     again = finetune.tune(output=folder, resume=True, trials=4, search=SEARCHED)
     assert again.trials == 4
     assert again.accuracy >= found.accuracy
+    with pytest.raises(RunError, match="--search was trunk_learning_rate weight_decay"):
+        finetune.tune(output=folder, resume=True, trials=5, search=["mixup"])
     with pytest.raises(RunError, match="--epochs was 2 and is 3"):
         finetune.tune(output=folder, resume=True, trials=5, epochs=3)
     with pytest.raises(RunError, match="is not empty"):
@@ -85,8 +88,9 @@ def test_a_training_of_a_killed_process_is_tried_again(data: Path, tmp_path: Pat
     finetune.tune(data, output=folder, trials=1, search=SEARCHED, **OPTIONS)
     killed = study_of(folder).ask()
     rate = killed.suggest_float("trunk_learning_rate", 1e-4, 3e-2, log=True)
-    found = finetune.tune(output=folder, resume=True, trials=2, search=SEARCHED)
+    found = finetune.tune(output=folder, resume=True, trials=2)
     assert found.trials == 2
+    assert set(found.options) == set(SEARCHED), "those that the study began with"
     assert study_of(folder).trials[-1].params["trunk_learning_rate"] == pytest.approx(rate)
 
 
@@ -135,12 +139,32 @@ def test_real_scores_are_reported_after_every_epoch(data: Path, tmp_path: Path) 
             },
             "nothing to search",
         ),
+        ({"head": "knn"}, "nothing to search"),
+        (
+            {"head": "log_softmax", "search": ("label-smoothing",)},
+            "label_smoothing cannot be searched here: --label-smoo",
+        ),
     ],
 )
 def test_a_search_for_nothing_is_refused(data: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         finetune.tune(data, output=tmp_path / "study", **options)
     assert not (tmp_path / "study").exists(), "so that what is put right can begin"
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({}, SEARCHED_BY_DEFAULT),
+        ({"phases": "head:1,all:1"}, SEARCHED_BY_DEFAULT - {"scenario"}),
+        ({"phases": "head:1"}, {"weight_decay", "augmentation"}),
+        ({"feature_extract": True}, {"weight_decay", "augmentation"}),
+        ({"model": "linear"}, {"weight_decay", "augmentation"}),
+    ],
+    ids=str,
+)
+def test_only_what_has_an_effect_is_searched_unasked(options: dict[str, Any], left: set[str]) -> None:
+    assert set(tune.searched_options(finetune.TrainConfig(data="x", **options), [])) == left
 
 
 def test_a_search_without_an_end_of_a_training_says_so(

@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy, pad
 
 from finetune.errors import ModelError
 from finetune.features.extract import Features
-from finetune.features.solver import BARRED, Problems, solve
+from finetune.features.solver import BARRED, MOST_LOGITS, Problems, solve
+from finetune.runs.processes import ALONE, Processes
 
 # Shapes: N images (views of them too), D features, A axes that the features span, R = A and one for the bias,
 # K classes, F folds.
@@ -31,7 +32,9 @@ gains 2 to 4 points where features were learned on other pictures than these, an
 FOLDS = 5
 FOLD_TOLERANCE = 2e-6  # an image: the log loss is right to about 3e-4 then, which is enough to compare strengths by
 FINE_LOSS = 0.1  # nats; where the log loss is greater, its error may be so in proportion
-MOST_FOLD_NUMBERS = 2**28  # in the features of all folds: a gigabyte
+MOST_FOLD_NUMBERS = 2**28
+"""In the features of all folds, a gigabyte. With more they share the basis of all images: what a fold holds out moves
+the mean scatter of tens of thousands too little to matter."""
 CPU = torch.device("cpu")
 
 
@@ -113,7 +116,7 @@ class Axes:
 
 
 class _Trial(NamedTuple):
-    """A strength, the solution of each fold for it, and their accuracy and log loss (nats) on what they hold out."""
+    """A strength, solutions of folds for it, and the accuracy and log loss (nats) of each fold on what it holds out."""
 
     strength: float
     weight_FKR: Tensor
@@ -129,6 +132,7 @@ def solve_probe(
     seed: int,
     class_weights_K: Array | None = None,
     device: torch.device = CPU,
+    processes: Processes = ALONE,
 ) -> Probe:
     """Solve the L2-regularised multinomial logistic regression on features that scatter alike within the classes.
 
@@ -147,6 +151,7 @@ def solve_probe(
         class_weights_K: How much an image of each class counts, 0 or more, in the solution and in the log loss that
             chooses the strength; 1 by default. The accuracy counts every image once.
         device: Where to compute.
+        processes: Those that share the folds; all of them call this, with the same features.
 
     Raises:
         ModelError: A feature is not a finite number.
@@ -164,7 +169,7 @@ def solve_probe(
         class_count=class_count,
     )
     held_out_FN = torch.from_numpy(_held_out(train.class_indices_N, seed)).to(device)
-    best = _best_trial(problem, axes, held_out_FN, copies=copies) if len(held_out_FN) else None
+    best = _best_trial(problem, axes, held_out_FN, copies=copies, processes=processes) if len(held_out_FN) else None
     strength, start_1KR = (best.strength, _between(best.weight_FKR)) if best else (USUAL_STRENGTH, problem.start())
     weight_1KR = solve(problem, strength=strength, start_BKR=start_1KR)
     weight_KD, bias_K = axes.raw_head(_settle(weight_1KR)[0] @ basis_RR.T)
@@ -223,7 +228,15 @@ def _held_out(class_indices_N: Array, seed: int) -> Array:
     return kept_FN
 
 
-def _best_trial(problem: Problems, axes: Axes, held_out_FN: Tensor, *, copies: int) -> _Trial:
+def are_folds_shared(images: int, class_count: int) -> bool:
+    """Tell whether several processes share the folds of so many images, views of them included.
+
+    They do where one fold is solved at a time anyway, so that the bits are those of one process.
+    """
+    return images * class_count > MOST_LOGITS // 2
+
+
+def _best_trial(problem: Problems, axes: Axes, held_out_FN: Tensor, *, copies: int, processes: Processes) -> _Trial:
     """Try the strengths and return the one with the least log loss on the images that the folds hold out.
 
     They are the first of the `problem`, and held out is an image in all its `copies`.
@@ -231,11 +244,13 @@ def _best_trial(problem: Problems, axes: Axes, held_out_FN: Tensor, *, copies: i
     The strongest regularisation comes first, and each solution starts from the line through the two before it, until
     the log loss rises: behind its minimum lie the solutions that overfit, and they take the longest to find.
     """
+    has_own_bases = len(held_out_FN) * axes.features_NR.numel() <= MOST_FOLD_NUMBERS
+    held_out_FN = held_out_FN[processes.rank :: processes.count]
     left_out_FN = held_out_FN.tile(copies)
     scored_FN = pad(held_out_FN, (0, left_out_FN.shape[1] - held_out_FN.shape[1]))
     folds = replace(
         problem,
-        features_BNR=_fold_features(problem, axes, left_out_FN),
+        features_BNR=_fold_features(problem, axes, left_out_FN) if has_own_bases else problem.features_BNR,
         image_weights_BN=problem.image_weights_BN * ~left_out_FN,
     )
     weight_FKR = before_FKR = folds.start()
@@ -249,22 +264,19 @@ def _best_trial(problem: Problems, axes: Axes, held_out_FN: Tensor, *, copies: i
         tolerance = FOLD_TOLERANCE * max(loss / FINE_LOSS, 1) ** 2 * weight_sum
         before_FKR, weight_FKR = weight_FKR, solve(folds, strength=strength, start_BKR=start_FKR, tolerance=tolerance)
         counting_FN = problem.image_weights_BN * scored_FN * is_known_FN
-        trial = _score(replace(folds, image_weights_BN=counting_FN), scored_FN, strength, weight_FKR)
+        own = _score(replace(folds, image_weights_BN=counting_FN), scored_FN, weight_FKR)
+        accuracy_F, loss_F = np.array(processes.gather_shares(own.tolist())).T
+        trial = _Trial(strength, weight_FKR, accuracy_F, loss_F)
         if best and trial.loss_F.mean() > best.loss_F.mean():
             break
         best, loss = trial, float(trial.loss_F.mean())
     assert best
-    return best
+    solutions_FKR = processes.gather_shares(list(best.weight_FKR.cpu().numpy()))
+    return best._replace(weight_FKR=torch.from_numpy(np.stack(solutions_FKR)).to(best.weight_FKR))
 
 
 def _fold_features(problem: Problems, axes: Axes, held_out_FN: Tensor) -> Tensor:
-    """Return the features of all images, (F, N, R), each fold's in a basis that its held-out images took no part in.
-
-    So many images that this would take more than MOST_FOLD_NUMBERS share one basis, (1, N, R), and that of all: what a
-    fold holds out moves the mean scatter of tens of thousands too little to matter.
-    """
-    if len(held_out_FN) * axes.features_NR.numel() > MOST_FOLD_NUMBERS:
-        return problem.features_BNR
+    """Return the features of all images, (F, N, R), each fold's in a basis that its held-out images took no part in."""
     bases = (axes.within(problem.class_indices_N, ~held_out_N) for held_out_N in held_out_FN)
     features_FNR = axes.features_NR.new_empty(len(held_out_FN), *axes.features_NR.shape)
     for features_NR, basis_RR in zip(features_FNR, bases, strict=True):
@@ -272,7 +284,8 @@ def _fold_features(problem: Problems, axes: Axes, held_out_FN: Tensor) -> Tensor
     return features_FNR
 
 
-def _score(held_out: Problems, held_out_FN: Tensor, strength: float, weight_FKR: Tensor) -> _Trial:
+def _score(held_out: Problems, held_out_FN: Tensor, weight_FKR: Tensor) -> Array:
+    """Return accuracy and log loss of each fold, (F, 2)."""
     logits_FKN = held_out.logits(_settle(weight_FKR))
     classes_FN = held_out.class_indices_N.expand(len(logits_FKN), -1)
     counting_FN = held_out.image_weights_BN
@@ -281,7 +294,7 @@ def _score(held_out: Problems, held_out_FN: Tensor, strength: float, weight_FKR:
     right_F, held_out_F, loss_F, counting_F = (
         values_FN.sum(dim=1).cpu().numpy() for values_FN in (is_right_FN, held_out_FN, loss_FN, counting_FN)
     )
-    return _Trial(strength, weight_FKR, right_F / held_out_F, loss_F / counting_F.clip(1e-12))
+    return np.stack([right_F / held_out_F, loss_F / counting_F.clip(1e-12)], axis=1)
 
 
 def _settle(weight_BKR: Tensor) -> Tensor:

@@ -77,6 +77,8 @@ def solve(problems: Problems, *, strength: float, start_BKR: Tensor, tolerance: 
     at_once = max(1, MOST_LOGITS // (len(problems.class_indices_N) * problems.class_count))
     weighted = replace(problems, image_weights_BN=strength_B1 * problems.image_weights_BN)
     parts = [slice(first, first + at_once) for first in range(0, len(start_BKR), at_once)]
+    if not parts:
+        return start_BKR
     return torch.cat([_descend(weighted.some(part), start_BKR[part], strength * tolerance) for part in parts])
 
 

@@ -1,6 +1,7 @@
 """What the frozen network makes of the images before anything learns: the baselines to beat, and the probe."""
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from finetune.data.transforms import Augmentation
 from finetune.features.cache import View
 from finetune.features.extract import Features, TrunkPass
 from finetune.features.neighbours import neighbour_accuracy
-from finetune.features.probe import Probe, solve_probe
+from finetune.features.probe import Probe, are_folds_shared, solve_probe
 from finetune.models.freezing import LITTLE_BELOW
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
@@ -68,7 +69,7 @@ def study_images(
     """Take the features of the "train" and "valid" images, solve the probe on the first and score both.
 
     Args:
-        trunk_pass: Gives the pooled features; where several processes share it, the main one solves.
+        trunk_pass: Gives the pooled features; several processes share it, and where there is much to solve the folds.
         table: The images, split.
         label_map: Gives each label its class index.
         with_probe: Whether to solve the probe.
@@ -83,22 +84,25 @@ def study_images(
     valid = trunk_pass.features(held_back, label_map, reporter) if len(held_back) else None
     probe, views = None, []
     if with_probe:
-        classes = len(np.unique(train.class_indices_N))
-        if augmentation in GENTLE and len(train) <= FEW_IMAGES * classes and classes <= MOST_VIEWED_CLASSES:
+        if augmentation in GENTLE and has_few_images(train.class_indices_N):
             for number in range(VIEWS_OF_FEW):
                 view = View(augmentation=augmentation, seed=seed, number=number)
                 with trunk_pass.of_view(view, images=len(train)) as view_pass:
                     views.append(view_pass.features(learned_from, label_map, reporter).features_ND)
-        probe = processes.from_main(
-            lambda: solve_probe(
-                train,
-                views=views,
-                class_count=len(label_map),
-                seed=seed,
-                class_weights_K=class_weights_K,
-                device=device,
-            )
+        solve = partial(
+            solve_probe,
+            train,
+            views=views,
+            class_count=len(label_map),
+            class_weights_K=class_weights_K,
+            seed=seed,
+            device=device,
         )
+        if are_folds_shared(len(train) * (1 + len(views)), len(label_map)):
+            shared = solve(processes=processes)
+            probe = processes.from_main(lambda: shared)
+        else:
+            probe = processes.from_main(solve)
     if valid is None:
         return Study(train=train, views=len(views), probe=probe, baselines=Baselines(majority=None))
     return Study(
@@ -111,6 +115,12 @@ def study_images(
             probe=float((probe.predict(valid.features_ND) == valid.class_indices_N).mean()) if probe else None,
         ),
     )
+
+
+def has_few_images(class_indices_N: np.ndarray[Any, Any]) -> bool:
+    """Tell whether the probe learns from views of images of these classes too."""
+    classes = len(np.unique(class_indices_N))
+    return classes <= MOST_VIEWED_CLASSES and len(class_indices_N) <= FEW_IMAGES * classes
 
 
 def is_sampled(images: int, *, classes: int) -> bool:

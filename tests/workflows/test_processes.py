@@ -107,6 +107,45 @@ def test_a_process_without_images_changes_no_gradient(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+FOLDS_SHARED = """
+import numpy as np, torch
+from torch import distributed
+from finetune.features.extract import Features
+from finetune.features.probe import are_folds_shared, solve_probe
+from finetune.runs.processes import join_processes
+
+processes = join_processes("cpu")
+solved = []
+probe_module = __import__("finetune.features.probe", fromlist=["solve"])
+solve = probe_module.solve
+probe_module.solve = lambda problems, **more: solved.append(len(problems.image_weights_BN)) or solve(problems, **more)
+generator = np.random.default_rng(0)
+for counts in ([600] * 60, [40] * 60, [2] * 3):
+    classes_N = np.repeat(np.arange(len(counts)), counts)
+    centres_KD = generator.normal(size=(len(counts), 24))
+    features_ND = (centres_KD[classes_N] + generator.normal(size=(len(classes_N), 24))).astype(np.float32)
+    train = Features(features_ND=features_ND, class_indices_N=classes_N)
+    alone = solve_probe(train, class_count=len(counts), seed=0)
+    of_all, solved[:] = solved[0], []
+    shared = solve_probe(train, class_count=len(counts), seed=0, processes=processes)
+    assert solved[0] == len(range(of_all)[processes.rank :: 2]), (solved, of_all)
+    solved.clear()
+    if are_folds_shared(len(train), len(counts)):
+        assert shared.summary() == alone.summary()
+        assert np.array_equal(shared.weight_KD, alone.weight_KD) and np.array_equal(shared.bias_K, alone.bias_K)
+    else:
+        assert abs(shared.logits(features_ND) - alone.logits(features_ND)).max() < 1e-2
+    assert processes.gather(shared.summary()) == [shared.summary()] * 2
+"""
+
+
+def test_the_folds_of_a_large_probe_are_shared_and_its_bits_are_those_of_one_process(tmp_path: Path) -> None:
+    script = tmp_path / "folds_shared.py"
+    script.write_text(FOLDS_SHARED)
+    done = launch(str(script))
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     write_images(tmp_path / "data")

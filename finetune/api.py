@@ -179,7 +179,7 @@ def tune(
     deadline = time.monotonic() + parse_seconds(timeout) if timeout else math.inf
     asked = _whole_config(data, config, options)
     require_tracker(asked.tracker)
-    searched = searched_options(asked, search)
+    searched = searched_options(asked, search) if search or not asked.resume else ()
     listing = list_data(asked)
     folder = asked.output or next_free_folder(asked.data, "tune")
     require_outside(folder, asked, listing)

@@ -33,7 +33,7 @@ Array = np.ndarray[Any, Any]
 
 # Shapes: N pictures of a shard.
 
-FORMAT_NUMBER = 2  # of an index; raise it when more or other members count
+FORMAT_NUMBER = 3  # of an index; raise it when more or other members count
 MOST_LABEL_BYTES = 2**20
 MOST_PADDING = 2 * tarfile.RECORDSIZE  # zeros at the end of a shard; more of them are a file that was not filled
 CONVENTION = 'a sample of a shard is KEY.jpg (or png …) with its label in KEY.cls, or as "label" in KEY.json'
@@ -100,7 +100,7 @@ def list_shards(shards: Mapping[Path, Split]) -> Rows:
             except (OSError, tarfile.TarError) as error:
                 faults.append(f"{shard.name} cannot be read: {error}")
                 continue
-            _listed[os.path.abspath(shard)] = columns["stamp"].tolist()  # noqa: PTH100 (as below)
+            _listed[str(shard.absolute())] = columns["stamp"].tolist()
             listing = json.loads(columns["listing"].tobytes())
             faults.extend(f"{fault} in {shard.name}" for fault in listing["faults"])
             for name, label in listing["pictures"] if not faults else ():
@@ -151,7 +151,7 @@ def packed_state(path: str) -> tuple[int, int]:
 def _place_of(path: str) -> tuple[str, int, int, int]:
     """Return the shard that the picture `path` is in, its offset and size there, and when the shard was changed."""
     for match in re.finditer(r"\.tar/", path, re.IGNORECASE):
-        shard, name = os.path.abspath(path[: match.end() - 1]), path[match.end() :]  # noqa: PTH100 (as below)
+        shard, name = str(Path(path[: match.end() - 1]).absolute()), path[match.end() :]
         if os.path.isfile(shard):  # noqa: PTH113 (there may be a million)
             stamp = _stamp(shard)
             if _listed.get(shard, stamp) != stamp:  # what lies under a key now may have another label

@@ -13,7 +13,7 @@ from finetune.data.decode import decode_image
 from finetune.data.formats import looks_like_image
 from finetune.data.shards import find_shards, pictures_of
 from finetune.data.transforms import to_tensor
-from finetune.errors import DataError, ImageError, PredictionInputError, first_ten
+from finetune.errors import DataError, ImageError, PredictionInputError
 from finetune.prediction.classifier import Classifier
 from finetune.runs.processes import ALONE, Processes, peer_faults
 from finetune.runs.records import FailedPrediction, Prediction
@@ -42,13 +42,14 @@ def find_inputs(inputs: Sequence[str]) -> list[Path]:
             paths += unpacked
         elif not os.path.exists(path) and glob.has_magic(text):  # noqa: PTH110
             matched = sorted(Path(match) for match in glob.glob(text, recursive=True))  # noqa: PTH207 (absolute patterns too)
-            if not matched:
-                raise PredictionInputError(f"no file matches {text}", "check the pattern")
-            paths += _unpacked(file for file in matched if file.is_file())
+            if not (found := list(_unpacked(file for file in matched if file.is_file()))):
+                raise PredictionInputError(f"no file with an image matches {text}", "check the pattern")
+            paths += found
         else:
-            paths += pictures_of(path) if _is_tar(path) and len(inputs) == 1 else _unpacked([path])
-    if inputs and not paths:
-        raise PredictionInputError(f"there are no images in {first_ten(inputs)}", "check the path")
+            found = pictures_of(path) if _is_tar(path) and len(inputs) == 1 else list(_unpacked([path]))
+            if not found:
+                raise PredictionInputError(f"the shard {text} holds no images", "check the path")
+            paths += found
     return paths
 
 

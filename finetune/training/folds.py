@@ -208,7 +208,7 @@ def _train_fold(
     processes: Processes,
 ) -> _Fold:
     """Train with the split of `table`, unless that has been done, and return what came of it."""
-    fold = processes.from_main(lambda: _read_fold(run))
+    fold = processes.from_main(lambda: _read_fold(run, reporter))
     if fold is None:
         config = replace(config, folds=0, tracker="none", output=run.path)
         with ExitStack() as stack:
@@ -219,7 +219,7 @@ def _train_fold(
             if processes.is_main:
                 write_whole(run.held_out, _packed(job))
                 shutil.rmtree(run.checkpoints, ignore_errors=True)
-        fold = processes.from_main(lambda: _read_fold(run))
+        fold = processes.from_main(lambda: _read_fold(run, reporter))
     assert fold is not None
     return fold
 
@@ -290,15 +290,17 @@ def _packed(job: Job) -> bytes:
     return bytes(save({**arrays, **encoded}))
 
 
-def _read_fold(run: RunFolder) -> _Fold | None:
+def _read_fold(run: RunFolder, reporter: Reporter) -> _Fold | None:
     """Return what came of a fold, None where it has not ended or that has been damaged."""
+    if not run.held_out.exists():
+        return None
+    names = ("image_paths", "epochs", "scenario")
     try:
         values = load(run.held_out.read_bytes())
-    except (OSError, SafetensorError):
+        texts = {name: values[name].tobytes().decode(errors="surrogateescape") for name in names}
+    except (SafetensorError, KeyError) as error:
+        reporter.warn(f"{run.held_out} is damaged ({error}); this fold is trained again.")
         return None
-    texts = {
-        name: values[name].tobytes().decode(errors="surrogateescape") for name in ("image_paths", "epochs", "scenario")
-    }
     held_out = Predictions(
         probabilities_NK=values["probabilities_NK"],
         class_indices_N=values["class_indices_N"],

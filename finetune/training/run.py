@@ -51,14 +51,14 @@ def run_job(job: Job, reporter: Reporter, *, watchers: Sequence[Watcher] = ()) -
                 break
             job.progress.next_phase()
             job.enter_phase()
-    if recorder and recorder.refusals:
-        recorder.record(job.progress)
     if interruption.received is not None and job.progress.is_interrupted:
         folder = job.folder or job.run.path
         reporter.say(f"Interrupted; the state is saved. Go on with: finetune train --output {folder} --resume")
         if interruption.received == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + interruption.received)
+    if recorder and recorder.epochs < job.progress.epoch:
+        recorder.record(job.progress)
     _tell_the_end(job, reporter, seconds=time.monotonic() - started)
     return _write_results(job, reporter)
 

@@ -69,7 +69,8 @@ def study_images(
     """Take the features of the "train" and "valid" images, solve the probe on the first and score both.
 
     Args:
-        trunk_pass: Gives the pooled features; several processes share it, and where there is much to solve the folds.
+        trunk_pass: Gives the pooled features; several processes share it, and those of one machine also the folds of
+            the probe where there is much to solve.
         table: The images, split.
         label_map: Gives each label its class index.
         with_probe: Whether to solve the probe.
@@ -98,7 +99,7 @@ def study_images(
             seed=seed,
             device=device,
         )
-        if are_folds_shared(len(train) * (1 + len(views)), len(label_map)):
+        if processes.local_count == processes.count and are_folds_shared(len(train) * (1 + len(views)), len(label_map)):
             shared = solve(processes=processes)
             probe = processes.from_main(lambda: shared)
         else:

@@ -85,7 +85,7 @@ def search_options(
         folder: Where the study is or will be.
         listing: The images of DATA.
         reporter: Told of every training.
-        searched: The options to search, as `searched_options` gives them; a study that goes on keeps its own.
+        searched: The options to search, as `searched_options` gives them; a study that goes on has its own.
         is_named: Whether they were named, and so have to be those of the study.
         trials: How many trainings there are to be in all.
         deadline: By time.monotonic(), after which none begins.
@@ -96,7 +96,7 @@ def search_options(
     Source: Akiba 2019, Optuna, arXiv 1907.10902; the tree-structured Parzen estimator of Bergstra 2011.
     """
     study = _open_study(folder, seed=config.seed)
-    kept = tuple(study.user_attrs.get(SEARCHED_HERE, searched))
+    kept = tuple(study.user_attrs.get(SEARCHED_HERE) or searched or searched_options(config, ()))
     if is_named and set(kept) != set(searched):
         raise RunError(f"{folder} cannot be gone on with: --search was {' '.join(kept)}", "begin with another --output")
     study.set_user_attr(SEARCHED_HERE, kept)
@@ -107,7 +107,7 @@ def search_options(
         try:
             outcome = _try(config, folder, listing, study=study, trial=trial, values=values)
         except (KeyboardInterrupt, SystemExit):
-            reporter.say(f"Interrupted. Go on with: finetune tune --output {folder} --resume")
+            reporter.say(f"Interrupted. Go on with: finetune tune --output {folder} --resume --trials {trials}")
             raise
         reporter.say(f"Trial {number + 1} of {trials}: {told}: {outcome}.")
         _keep_the_best(study, folder)
@@ -260,11 +260,13 @@ def _without_effect(config: TrainConfig) -> set[str]:
     """Return which of the SEARCHED options change nothing where it is given what learns."""
     if "knn" in (config.head, config.model):
         return set(SEARCHED)
-    below_the_head = {"trunk_learning_rate", "depth_ratio"}
     phases = parse_phases(config.phases)
     is_head_only = config.feature_extract or config.model == "linear" or config.scenario == "small-similar"
+    is_solved = config.head_start == "probe" and config.loss == "cross-entropy" and config.epochs in ("auto", 0)
+    if is_head_only and is_solved and not phases:
+        return set(SEARCHED)
     if is_head_only or (phases and all(phase.learning == "head" for phase in phases)):
-        return {"scenario", *below_the_head}
+        return {"scenario", "trunk_learning_rate", "depth_ratio"}
     return {"scenario"} if phases else set()
 
 

@@ -97,8 +97,10 @@ def test_shards_of_one_name_are_told_apart_by_their_folder(tmp_path: Path, monke
                 member.size = 1
                 tar.addfile(member, io.BytesIO(letter.encode()))
         os.utime(tmp_path / name / "p.tar", ns=(0, 0))
-        monkeypatch.chdir(tmp_path / name)
-        read = {path.stem: read_image_file(path) for path in find_inputs(["p.tar"])}
+    (tmp_path / "two" / "link").symlink_to(tmp_path / "one")
+    for folder, written in (("one", "p.tar"), ("two", "p.tar"), ("two", "link/../one/p.tar"), ("two", "link/p.tar")):
+        monkeypatch.chdir(tmp_path / folder)
+        read = {path.stem: read_image_file(path) for path in find_inputs([written])}
         assert read == {"a": b"a", "b": b"b"}
 
 
@@ -110,6 +112,8 @@ def test_a_shard_that_cannot_be_read_stops_no_other(shards: Path, flowers_run: P
         find_inputs([str(broken)])
     tarfile.open(shards / "train-0.tar", "w").close()
     assert find_inputs([str(shards)]) == [broken], "as one of the inputs, with what is wrong"
+    with pytest.raises(PredictionInputError, match=r"train-0.tar holds no images"):
+        find_inputs([str(shards / "photos.tar"), str(shards / "train-0.tar")])
     paths = find_inputs([str(shards / "photos.tar"), str(broken)])
     assert paths == find_inputs([str(shards / "*.tar")])
     *others, failed = predict_many(load_classifier(flowers_run), paths)

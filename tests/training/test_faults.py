@@ -152,11 +152,13 @@ def recorded_epochs(folder: Path) -> list[int]:
 def test_records_that_the_disk_refuses_are_told_and_made_later(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refused: list[int]
 ) -> None:
-    refuse_records(monkeypatch, calls=refused)
-    run = train(folder)
+    with monkeypatch.context() as patch:
+        refuse_records(patch, calls=refused)
+        run = train(folder)
     assert recorded_epochs(folder) == [1, 2, 3]
     assert caplog.text.count("No space left on device; it will be tried again") == len(refused)
-    assert finetune.load(run.folder)
+    finetune.train(output=run.folder, resume=True)
+    assert recorded_epochs(folder) == [1, 2, 3], "also where the last save was made before them"
 
 
 def test_the_third_record_that_the_disk_refuses_ends_the_run_with_its_saves(

@@ -140,6 +140,7 @@ def test_real_scores_are_reported_after_every_epoch(data: Path, tmp_path: Path) 
             "nothing to search",
         ),
         ({"head": "knn"}, "nothing to search"),
+        ({"feature_extract": True}, "nothing to search"),
         (
             {"head": "log_softmax", "search": ("label-smoothing",)},
             "label_smoothing cannot be searched here: --label-smoo",
@@ -158,8 +159,8 @@ def test_a_search_for_nothing_is_refused(data: Path, tmp_path: Path, options: di
         ({}, SEARCHED_BY_DEFAULT),
         ({"phases": "head:1,all:1"}, SEARCHED_BY_DEFAULT - {"scenario"}),
         ({"phases": "head:1"}, {"weight_decay", "augmentation"}),
-        ({"feature_extract": True}, {"weight_decay", "augmentation"}),
-        ({"model": "linear"}, {"weight_decay", "augmentation"}),
+        ({"feature_extract": True, "epochs": 5}, {"weight_decay", "augmentation"}),
+        ({"model": "linear", "loss": "hinge"}, {"weight_decay", "augmentation"}),
     ],
     ids=str,
 )

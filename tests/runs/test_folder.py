@@ -310,6 +310,10 @@ def test_absent_model_file_is_told_apart_from_an_unfinished_run(finished: RunFol
     finished.model.unlink()
     with pytest.raises(RunError, match=r"holds no model\.safetensors") as caught:
         find_model_file(finished.path)
+    assert caught.value.hint == "train one first"
+    (finished.checkpoints / "step-000000003").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"holds no model\.safetensors") as caught:
+        find_model_file(finished.path)
     assert "--resume" in caught.value.hint
     with pytest.raises(RunError, match="there is no run folder or model file"):
         find_model_file(finished.path / "absent")

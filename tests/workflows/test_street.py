@@ -243,7 +243,7 @@ def test_a_resume_refuses_other_options_and_other_images(
     assert finetune("train", copied, "--output", run, "--resume").code == 4
 
 
-def test_a_resume_needs_no_weight_file_and_may_end_earlier(
+def test_a_resume_needs_no_weight_file_and_cannot_undo_epochs(
     coloured: Path, tmp_path: Path, finetune: Callable[..., Any]
 ) -> None:
     run, weights = tmp_path / "run", tmp_path / "squeezenet.safetensors"
@@ -255,6 +255,8 @@ def test_a_resume_needs_no_weight_file_and_may_end_earlier(
     assert finetune("train", "--output", run, "--resume", "--weights", again, "--quiet").code == 0
     weights.unlink()
     outcome = finetune("train", "--output", run, "--resume", "--epochs", "1", "--quiet")
+    assert (outcome.code, "2 epochs are done, and --epochs asks for 1" in outcome.err) == (4, True)
+    outcome = finetune("train", "--output", run, "--resume", "--epochs", "3", "--quiet")
     assert (outcome.code, outcome.err) == (0, "")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.advice.choose import choose
-from finetune.advice.measure import count_images, measure
+from finetune.advice.measure import Evidence, count_images, measure
 from finetune.config.phases import parse_phases
 from finetune.config.schema import TrainConfig
 from finetune.data.table import ImageTable
@@ -84,27 +84,8 @@ def start_network(
     evidence = count_images(train_N)
     baselines = Baselines(majority=majority_accuracy(train_N, valid_N))
     if trunk_pass:
-        is_part = is_studied_by_sample(config, backbone, images=len(train_N), classes=len(label_map))
-        study = study_images(
-            trunk_pass,
-            sample_to_study(table, seed=config.seed) if is_part else table,
-            label_map,
-            with_probe=config.head != "knn" and (has_body or config.loss == "cross-entropy"),
-            augmentation="none" if is_part or config.budget else config.augmentation,
-            class_weights_K=_class_weights(config, train_N, len(label_map)),
-            seed=config.seed,
-            reporter=reporter,
-        )
-        device = trunk_pass.engine.device
-        evidence = processes.from_main(
-            partial(
-                measure,
-                study.train,
-                study.probe,
-                class_indices_N=train_N,
-                is_pretrained=backbone.is_pretrained,
-                device=device,
-            )
+        study, evidence = _asked(
+            config, backbone, table, label_map, trunk_pass=trunk_pass, processes=processes, reporter=reporter
         )
         baselines = replace(study.baselines, majority=baselines.majority)
     advice = choose(evidence, requested=None if requested == "auto" else requested, has_body=has_body)
@@ -129,6 +110,41 @@ def start_network(
             run.record("probe", {**study.probe.summary(), "views": study.views, "head_start": plan.head_start})
     _tell(reporter, baselines, advice.scenario, advice.reason)
     return plans
+
+
+def _asked(
+    config: TrainConfig,
+    backbone: Backbone,
+    table: ImageTable,
+    label_map: LabelMap,
+    *,
+    trunk_pass: TrunkPass,
+    processes: Processes,
+    reporter: Reporter,
+) -> tuple[Study, Evidence]:
+    """Ask the frozen network about the images, or a sample of very many; return what it says and what that is worth."""
+    train_N = table.select("train").class_indices(label_map)
+    has_body = len(backbone.stages) > 1
+    is_part = is_studied_by_sample(config, backbone, images=len(train_N), classes=len(label_map))
+    study = study_images(
+        trunk_pass,
+        sample_to_study(table, seed=config.seed) if is_part else table,
+        label_map,
+        with_probe=config.head != "knn" and (has_body or config.loss == "cross-entropy"),
+        augmentation="none" if is_part or config.budget else config.augmentation,
+        class_weights_K=_class_weights(config, train_N, len(label_map)),
+        seed=config.seed,
+        reporter=reporter,
+    )
+    weigh = partial(
+        measure,
+        study.train,
+        study.probe,
+        class_indices_N=train_N,
+        is_pretrained=backbone.is_pretrained,
+        device=trunk_pass.engine.device,
+    )
+    return study, processes.from_main(weigh)
 
 
 def _plan(

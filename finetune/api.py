@@ -10,10 +10,9 @@ from functools import cached_property
 from pathlib import Path
 
 from finetune.advice.choose import Advice, choose
-from finetune.advice.measure import measure
 from finetune.config import TrainConfig, from_yaml, starting_point, with_options
 from finetune.config.durations import parse_seconds
-from finetune.data.check import Diagnosis, require_classes, require_trainable
+from finetune.data.check import Diagnosis, require_trainable
 from finetune.data.listing import list_images
 from finetune.data.loaders import worker_faults
 from finetune.data.named import WrittenData, write_named
@@ -54,7 +53,7 @@ from finetune.training.folds import train_folds
 from finetune.training.opening import list_data, opened_run, require_outside
 from finetune.training.rate_finder import RateSweep, sweep_rates
 from finetune.training.run import run_job
-from finetune.training.study import is_sampled, sample_to_study, study_images
+from finetune.training.start import ask_network, is_studied_by_sample
 from finetune.training.tracking import require_tracker
 from finetune.training.tune import Tuning, opened_study, search_options, searched_options
 
@@ -310,37 +309,24 @@ def advise(
         DataError, ModelError: The images or the model cannot be used.
     """
     reporter = reporter or LoggingReporter()
+    config = TrainConfig(data=str(data), seed=seed)
     seed_everything(seed)
     place = resolve_device(device)
-    listing = list_images(Path(data))
-    require_classes(listing)
+    listing = list_data(config)
     backbone = build_backbone(model, num_classes=len(listing.class_names), weights=weights)
     backbone.module.to(place)
     backbone.module.eval()
     with TrunkPass(
         pooled_trunk(backbone), data_root=listing.root, images=len(listing.rows), device=place, reporter=reporter
     ) as trunk_pass:
-        onlooker = None if is_sampled(len(listing.rows), classes=len(listing.class_names)) else trunk_pass
+        is_part = is_studied_by_sample(config, backbone, images=len(listing.rows), classes=len(listing.class_names))
+        onlooker = None if is_part else trunk_pass
         images = read_images(Path(data), listing=listing, onlooker=onlooker, reporter=reporter)
         require_trainable(images.diagnosis)
         table = split_table(images.scan.table, seed=seed)
-        train_N = table.select("train").class_indices(images.label_map)
-        is_part = len(backbone.stages) > 1 and is_sampled(len(train_N), classes=len(images.label_map))
-        study = study_images(
-            trunk_pass,
-            sample_to_study(table, seed=seed) if is_part else table,
-            images.label_map,
-            augmentation="none" if is_part else "light",
-            seed=seed,
-            reporter=reporter,
+        _, evidence = ask_network(
+            config, backbone, table, images.label_map, trunk_pass=trunk_pass, processes=ALONE, reporter=reporter
         )
-    evidence = measure(
-        study.train,
-        study.probe,
-        class_indices_N=train_N,
-        is_pretrained=backbone.is_pretrained,
-        device=place,
-    )
     return choose(evidence, has_body=len(backbone.stages) > 1)
 
 

@@ -54,65 +54,7 @@ def is_studied_by_sample(config: TrainConfig, backbone: Backbone, *, images: int
     return has_body and _requested(config) != "small-similar" and is_sampled(images, classes=classes)
 
 
-def start_network(
-    config: TrainConfig,
-    run: RunFolder,
-    backbone: Backbone,
-    table: ImageTable,
-    label_map: LabelMap,
-    *,
-    trunk_pass: TrunkPass | None,
-    processes: Processes,
-    reporter: Reporter,
-) -> tuple[Plan, ...]:
-    """Study the images, choose the scenario, plan each phase and put the solved head in; write down all of it.
-
-    Args:
-        config: The options as given.
-        run: Gets the advice and the baselines.
-        backbone: Gets the solved head.
-        table: The images, split.
-        label_map: Gives each label its class index.
-        trunk_pass: Gives the pooled features, if the network `is_studied`.
-        processes: Those that train together; they share the study and follow what the main one measures.
-        reporter: Told what there is to beat, and the scenario.
-    """
-    requested = _requested(config)
-    has_body = len(backbone.stages) > 1
-    train_N, valid_N = (table.select(split).class_indices(label_map) for split in ("train", "valid"))
-    study = None
-    evidence = count_images(train_N)
-    baselines = Baselines(majority=majority_accuracy(train_N, valid_N))
-    if trunk_pass:
-        study, evidence = _asked(
-            config, backbone, table, label_map, trunk_pass=trunk_pass, processes=processes, reporter=reporter
-        )
-        baselines = replace(study.baselines, majority=baselines.majority)
-    advice = choose(evidence, requested=None if requested == "auto" else requested, has_body=has_body)
-    frozen = frozen_count(advice.scenario, backbone.module, backbone.stages, images_per_class=evidence.images_per_class)
-    plan = _plan(config, backbone, advice.scenario, frozen, len(train_N), processes=processes, reporter=reporter)
-    phases = plan_phases(plan, parse_phases(config.phases), [stage.name for stage in backbone.stages])
-    plans = processes.from_main(
-        lambda: tuple(
-            weigh_boundary(config, phase_plan, backbone, table.select("train"), reporter=reporter)
-            for phase_plan in phases
-        )
-    )
-    if study and plan.head_start != "random":
-        _start_head(backbone, study)
-    if processes.is_main:
-        values = {**advice.to_json(), "plans": [asdict(each) for each in plans]}
-        write_whole(run.advice, strict_json.dump(values, indent=1))
-        if trunk_pass:
-            run.record("features", trunk_pass.summary())
-        run.record("baseline", baselines.to_json())
-        if study and study.probe:
-            run.record("probe", {**study.probe.summary(), "views": study.views, "head_start": plan.head_start})
-    _tell(reporter, baselines, advice.scenario, advice.reason)
-    return plans
-
-
-def _asked(
+def ask_network(
     config: TrainConfig,
     backbone: Backbone,
     table: ImageTable,
@@ -145,6 +87,64 @@ def _asked(
         device=trunk_pass.engine.device,
     )
     return study, processes.from_main(weigh)
+
+
+def start_network(
+    config: TrainConfig,
+    run: RunFolder,
+    backbone: Backbone,
+    table: ImageTable,
+    label_map: LabelMap,
+    *,
+    trunk_pass: TrunkPass | None,
+    processes: Processes,
+    reporter: Reporter,
+) -> tuple[Plan, ...]:
+    """Study the images, choose the scenario, plan each phase and put the solved head in; write down all of it.
+
+    Args:
+        config: The options as given.
+        run: Gets the advice and the baselines.
+        backbone: Gets the solved head.
+        table: The images, split.
+        label_map: Gives each label its class index.
+        trunk_pass: Gives the pooled features, if the network `is_studied`.
+        processes: Those that train together; they share the study and follow what the main one measures.
+        reporter: Told what there is to beat, and the scenario.
+    """
+    requested = _requested(config)
+    has_body = len(backbone.stages) > 1
+    train_N, valid_N = (table.select(split).class_indices(label_map) for split in ("train", "valid"))
+    study = None
+    evidence = count_images(train_N)
+    baselines = Baselines(majority=majority_accuracy(train_N, valid_N))
+    if trunk_pass:
+        study, evidence = ask_network(
+            config, backbone, table, label_map, trunk_pass=trunk_pass, processes=processes, reporter=reporter
+        )
+        baselines = replace(study.baselines, majority=baselines.majority)
+    advice = choose(evidence, requested=None if requested == "auto" else requested, has_body=has_body)
+    frozen = frozen_count(advice.scenario, backbone.module, backbone.stages, images_per_class=evidence.images_per_class)
+    plan = _plan(config, backbone, advice.scenario, frozen, len(train_N), processes=processes, reporter=reporter)
+    phases = plan_phases(plan, parse_phases(config.phases), [stage.name for stage in backbone.stages])
+    plans = processes.from_main(
+        lambda: tuple(
+            weigh_boundary(config, phase_plan, backbone, table.select("train"), reporter=reporter)
+            for phase_plan in phases
+        )
+    )
+    if study and plan.head_start != "random":
+        _start_head(backbone, study)
+    if processes.is_main:
+        values = {**advice.to_json(), "plans": [asdict(each) for each in plans]}
+        write_whole(run.advice, strict_json.dump(values, indent=1))
+        if trunk_pass:
+            run.record("features", trunk_pass.summary())
+        run.record("baseline", baselines.to_json())
+        if study and study.probe:
+            run.record("probe", {**study.probe.summary(), "views": study.views, "head_start": plan.head_start})
+    _tell(reporter, baselines, advice.scenario, advice.reason)
+    return plans
 
 
 def _plan(

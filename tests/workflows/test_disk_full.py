@@ -34,6 +34,16 @@ def namespace_is_allowed() -> bool:
     return unshare is not None and subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
+def in_namespace(script: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a script that mounts a file system of its own, and ends with 99 where it may not."""
+    command = ["unshare", "-rm", "bash", "-c", script, "sh", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if ended.returncode == 99:
+        pytest.skip("this kernel mounts no memory file system in a user namespace")
+    return ended
+
+
 @pytest.mark.skipif(not namespace_is_allowed(), reason="this kernel allows no user namespace with a file system in it")
 def test_a_full_disk_keeps_the_saves_there_are_and_ends_with_its_own_code(tmp_path: Path) -> None:
     data, disk, rescued = tmp_path / "images", tmp_path / "disk", tmp_path / "rescued"
@@ -46,15 +56,7 @@ def test_a_full_disk_keeps_the_saves_there_are_and_ends_with_its_own_code(tmp_pa
     words = train(str(data), "--output", str(disk / "run"), "--epochs", "9", *OPTIONS)
     script = 'mount -t tmpfs -o size="$1" none "$2" || exit 99; shift; to=$2; at=$1; shift 2; "$@"; code=$?; '
     script += 'cp -r "$at/run" "$to"; exit $code'
-    ended = subprocess.run(
-        ["unshare", "-rm", "bash", "-c", script, "sh", str(int(2.5 * a_save)), str(disk), str(rescued), *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if ended.returncode == 99:
-        pytest.skip("this kernel mounts no memory file system in a user namespace")
+    ended = in_namespace(script, str(int(2.5 * a_save)), str(disk), str(rescued), *words)
     assert ended.returncode == 6, ended.stderr
     assert ended.stderr.count("the training state could not be saved") == 2
     assert "refused 3 saves in a row" in ended.stderr
@@ -86,14 +88,7 @@ def test_what_may_only_be_read_is_said_in_a_line(words: list[str], run_on_disk: 
     words = [word.replace("DATA", str(tmp_path / "images")).replace("DISK", str(disk)) for word in words]
     script = 'mount -t tmpfs none "$1" && cp -r "$2" "$1/old" && mount -o remount,ro "$1" || exit 99; shift 2; "$@"'
     command = [sys.executable, "-m", "finetune", *words]
-    ended = subprocess.run(
-        ["unshare", "-rm", "bash", "-c", script, "sh", str(disk), str(run_on_disk), *command],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if ended.returncode == 99:
-        pytest.skip("this kernel mounts no memory file system in a user namespace")
+    ended = in_namespace(script, str(disk), str(run_on_disk), *command)
     assert ended.returncode == 6, ended.stderr
     *_, error, hint = ended.stderr.strip().splitlines()
     assert error.startswith("error: cannot write ")

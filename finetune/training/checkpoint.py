@@ -220,8 +220,7 @@ def restore_state(state: SavedState, learner: Learner, *, is_longer: bool) -> Pr
     learner.parts = state.values["parts"]
     if learner.average:
         learner.average.module.load_state_dict(state.ema)
-    if learner.sharded:
-        learner.sharded.spread()
+    learner.spread()
     _unpack_optimizer(learner, state.optimizer, state.values["optimizer_groups"])
     if is_longer and learner.schedule.every == "step":
         learner.schedule.catch_up(progress.global_step - progress.phase_step, first_rates)

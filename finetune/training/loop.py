@@ -75,7 +75,8 @@ def run_epochs(
     """
     check_pairing(learner.network, learner.criterion)
     sampler, valid_loader = loaders["train"].batch_sampler, loaders.get("valid")
-    learner.model.to(learner.accelerator.device)
+    if not learner.sharded:
+        learner.model.to(learner.accelerator.device)
     if learner.accelerator.scaler is not None:  # which takes the scale out of the gradients
         learner.optimizer = learner.accelerator.prepare(learner.optimizer)
     progress.epochs, progress.images_per_epoch = num_epochs, len(loaders["train"].dataset)  # type: ignore[arg-type]
@@ -112,17 +113,22 @@ def run_epochs(
     if learner.averages_ends and progress.start_weights and progress.history.best_epoch and not progress.is_interrupted:
         _average_ends(learner, valid_loader, progress)
     learner.network.load_state_dict(progress.best_weights)
+    learner.reunite()
     learner.network.eval()
     learner.model.eval()
 
 
 @torch.no_grad()
 def evaluate_loss(learner: Learner, batches: Iterable[Any]) -> Totals:
-    """Return loss and accuracy of the model, in eval mode, over `batches`, those of all processes together."""
-    learner.model.eval()
+    """Return loss and accuracy of what learns, in eval mode, over `batches`, those of all processes together."""
+    network = learner.trained.eval()
     own = []
-    for images, class_indices_B, *_ in learner.placed(batches):
-        outputs_BK = main_output(learner.model(*as_inputs(images))).float()
+    for batch in learner.scored(batches):
+        if batch is None:
+            network(*learner.stand_in())
+            continue
+        images, class_indices_B, *_ = batch
+        outputs_BK = main_output(network(*as_inputs(images))).float()
         right = int((outputs_BK.argmax(dim=1) == class_indices_B).sum())
         loss = float(learner.criterion(outputs_BK, class_indices_B))
         own.append(Outcome(loss=loss, right=right, images=len(class_indices_B)))
@@ -172,6 +178,7 @@ def _average_ends(learner: Learner, valid_loader: DataLoader[Any] | None, progre
         for name, best in progress.best_weights.items()
     }
     learner.network.load_state_dict(mean)
+    learner.spread()
     accuracy = _validate(learner, valid_loader).accuracy
     progress.history.ends_accuracy = accuracy
     if valid_loader is None or accuracy >= progress.history.best_accuracy:

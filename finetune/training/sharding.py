@@ -1,8 +1,8 @@
 """FSDP: a network whose training does not fit on one device, divided among the processes of a job.
 
-`accelerate launch` with a config that asks for it switches it on and says how to divide. A copy of the network learns,
-of which each process has a part of every parameter, gradient and optimiser state (Zhao 2023, arXiv 2304.11277); the
-whole network is there to score, to keep and to save.
+`accelerate launch` with a config that asks for it switches it on and says how to divide. A copy of the network learns
+and is scored, of which each process has a part of every parameter, gradient and optimiser state (Zhao 2023, arXiv
+2304.11277). The whole network waits in the memory of the CPU meanwhile, to be kept and saved.
 """
 
 import os
@@ -13,7 +13,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin, get_module_children
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -31,12 +31,15 @@ def is_sharding_asked(processes: Processes) -> bool:
 class ShardedModel:
     """A copy of `whole` as `module`, with the parameters divided among `processes` on `device`.
 
+    `whole` goes to the CPU, from where one part of the network after the other is divided: no device ever holds all of
+    what learns, its copy and their gradients.
+
     Raises:
         ConfigError: The config names layers to divide at that the network has not.
     """
 
     def __init__(self, whole: nn.Module, *, processes: Processes, device: torch.device) -> None:
-        self.whole = whole
+        self.whole = whole.cpu()
         self.module = deepcopy(whole).to(memory_format=torch.contiguous_format)  # else it cannot be divided
         config = FullyShardedDataParallelPlugin(fsdp_version=2)  # reads what the launcher has set
         try:
@@ -60,6 +63,12 @@ class ShardedModel:
         own = {id(parameter): divided[name] for name, parameter in self.whole.named_parameters()}
         for group in optimizer.param_groups:
             group["params"] = [own[id(parameter)] for parameter in group["params"]]
+
+    def end_pass(self) -> None:
+        """Let go of the whole parameters that a pass forward leaves on a device when none backward follows it."""
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
     @torch.no_grad()
     def collect(self) -> None:

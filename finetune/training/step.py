@@ -91,6 +91,32 @@ class Learner:
         if self.sharded:
             self.sharded.collect()
 
+    def spread(self) -> None:
+        """Bring what learns to the weights of `model`; to be called by all processes."""
+        if self.sharded:
+            self.sharded.spread()
+
+    def reunite(self) -> None:
+        """Put `model` itself back in the place of the divided copy, which learns no more."""
+        self.sharded = None
+        self.model.to(self.accelerator.device)
+
+    def stand_in(self) -> tuple[torch.Tensor, ...]:
+        """Return an image that does not count, to go through the network with by the side of the others."""
+        assert self.sample is not None
+        images, *_ = next(self.placed([self.sample()]))
+        return as_inputs(self.finish(images) if self.finish else images)
+
+    def scored(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Iterate over `batches` as they lie on the device; if divided, over None too while others have one left."""
+        placed = iter(self.placed(batches))
+        if not self.sharded:
+            yield from placed
+            return
+        while self.processes.any((batch := next(placed, None)) is not None):
+            yield batch
+        self.sharded.end_pass()
+
     def learning_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the optimiser moves."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -134,8 +160,7 @@ def undone(learner: Learner) -> Iterator[Learner]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield replace(learner, optimizer=optimizer, schedule=Schedule.of(None, learner.optimizer), average=None)
     learner.network.load_state_dict(weights)
-    if learner.sharded:
-        learner.sharded.spread()
+    learner.spread()
 
 
 def train_step(learner: Learner, batch: Sequence[Any] | None, *, step: int = 1) -> Outcome:
@@ -200,10 +225,8 @@ def _learn(learner: Learner, batch: Sequence[Any], step: int) -> Outcome:
 
 def _learn_nothing(learner: Learner, step: int) -> Outcome:
     """Go through the network with the others, although there is no image to learn from."""
-    assert learner.sample is not None
-    batch = next(learner.placed([learner.sample()]))
-    inputs = as_inputs(learner.finish(batch[0]) if learner.finish else batch[0])
-    return _add_gradients(learner, inputs, batch[1][:0], batch, step)
+    no_targets = torch.empty(0, dtype=torch.int64, device=learner.accelerator.device)
+    return _add_gradients(learner, learner.stand_in(), no_targets, None, step)
 
 
 def _join_shares(learner: Learner, own: Outcome) -> Outcome:
@@ -240,7 +263,7 @@ def _join_shares(learner: Learner, own: Outcome) -> Outcome:
 
 
 def _add_gradients(
-    learner: Learner, inputs: tuple[torch.Tensor, ...], targets: torch.Tensor, batch: Sequence[Any], step: int
+    learner: Learner, inputs: tuple[torch.Tensor, ...], targets: torch.Tensor, batch: Sequence[Any] | None, step: int
 ) -> Outcome:
     """Return what was seen of a batch; its gradient lies in the parameters then.
 

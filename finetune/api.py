@@ -22,7 +22,6 @@ from finetune.data.split import split_table
 from finetune.errors import ConfigError
 from finetune.evaluation.scores import Scores
 from finetune.features.extract import TrunkPass
-from finetune.features.trunk import pooled_trunk
 from finetune.models import catalog
 from finetune.models.anatomy import Anatomy, inspect_network
 from finetune.models.device import deterministic_algorithms, resolve_device
@@ -53,7 +52,7 @@ from finetune.training.folds import train_folds
 from finetune.training.opening import list_data, opened_run, require_outside
 from finetune.training.rate_finder import RateSweep, sweep_rates
 from finetune.training.run import run_job
-from finetune.training.start import ask_network, is_studied_by_sample
+from finetune.training.start import ask_network, is_studied_by_sample, study_trunk
 from finetune.training.tracking import require_tracker
 from finetune.training.tune import Tuning, opened_study, search_options, searched_options
 
@@ -317,7 +316,11 @@ def advise(
     backbone.module.to(place)
     backbone.module.eval()
     with TrunkPass(
-        pooled_trunk(backbone), data_root=listing.root, images=len(listing.rows), device=place, reporter=reporter
+        study_trunk(config, backbone, images=len(listing.rows)),
+        data_root=listing.root,
+        images=len(listing.rows),
+        device=place,
+        reporter=reporter,
     ) as trunk_pass:
         is_part = is_studied_by_sample(config, backbone, images=len(listing.rows), classes=len(listing.class_names))
         onlooker = None if is_part else trunk_pass

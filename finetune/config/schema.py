@@ -70,6 +70,10 @@ class TrainConfig:
     head_start: Literal["probe", "random"] = "probe"
     """Start from the head solved on the frozen features (Kumar 2022, arXiv 2202.10054), or from a random one."""
 
+    head_stages: Literal["auto", "last", "all"] = "auto"
+    """What the solved head looks at: the features of the last stage, or the pooled outputs of all stages (Evci 2022,
+    arXiv 2201.03529). auto takes what does better in a cross-validation, of fewer than 20,000 images."""
+
     boundary_cache: Literal["auto", "always", "never"] = "auto"
     """Whether layers that stay frozen run once, and the others learn from what they gave: auto measures what is
     cheaper. The augmentation is then that of the --views."""
@@ -222,6 +226,14 @@ class TrainConfig:
                 self.cutmix > 0 or self.random_erasing > 0
             )
             and self.boundary_cache == "always",
+            "--head-stages all needs a solved head: no --head knn, --head-start random, --loss hinge or --scenario "
+            "large-different": self.head_stages == "all"
+            and (
+                self.head == "knn"
+                or self.head_start == "random"
+                or self.loss == "hinge"
+                or self.scenario == "large-different"
+            ),
             "--loss hinge needs --head logits": self.loss == "hinge" and self.head != "logits",
             f"--head knn freezes all, --scenario {self.scenario} does not": self.head == "knn"
             and self.scenario not in ("auto", "small-similar"),

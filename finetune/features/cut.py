@@ -29,8 +29,10 @@ from torch.fx.graph_module import _copy_attr
 from finetune.errors import ModelError, first_ten
 from finetune.features.listener import FrozenTrunk, Listener, MeanOverPositions
 from finetune.models.heads import head_layers, head_module
+from finetune.models.stage_outputs import StageOutputs, find_stage_outputs
 from finetune.models.stages import Stage, stage_tensors
-from finetune.models.tracing import NetworkTracer, twin_of
+from finetune.models.tracing import NetworkTracer
+from finetune.models.twins import twin_of
 
 _SIZE_ATTRIBUTES = ("shape", "ndim", "dtype", "device")
 _SIZE_METHODS = ("size", "dim", "numel")
@@ -110,17 +112,20 @@ def possible_cuts(model: nn.Module, stages: Sequence[Stage]) -> tuple[int, ...]:
     return (*counts, len(stages) - 1)
 
 
-def feature_trunk(model: nn.Module) -> nn.Module:
+def feature_trunk(model: nn.Module, outputs: Sequence[str] = ()) -> nn.Module:
     """Return the module from images (B, C, H, W) to pooled features (B, D), the input of the main output layer.
 
-    Of a map (B, D, H, W) it takes the mean over the positions. Like every trunk it is always in eval mode, keeps no
-    gradients, and shares the tensors of `model` but not its modules.
+    Behind them come the pooled `outputs` of the modules at these paths. Of a map (B, D, H, W) it takes the mean over
+    the positions. Like every trunk it is always in eval mode, keeps no gradients, and shares the tensors of `model` but
+    not its modules.
 
     Raises:
         ModelError: The network has no output layer, or one that is neither linear nor a convolution.
     """
     head_module(model)
-    listener = Listener(twin_of(model), head_layers(model)[0])
+    attached = find_stage_outputs(model)
+    first = attached[0] if attached else head_layers(model)[0]
+    listener = Listener(twin_of(model), first, outputs=outputs)
     return FrozenTrunk(nn.Sequential(listener, MeanOverPositions()), boundary="the pooled features")
 
 
@@ -186,6 +191,8 @@ class _StageTracer(NetworkTracer):
         self.stages = stages
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if find_stage_outputs(m):  # what it takes besides its input comes from elsewhere in the graph
+            return isinstance(m, StageOutputs)
         return _place(self.stages, module_qualified_name) >= 0 or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -220,7 +227,7 @@ def _describe(twin: nn.Module, stages: Sequence[Stage], graphs: Mapping[bool, fx
             is_by_size = _is_size(node) or all(steps[source].is_by_size for source in node.all_input_nodes)
             steps[node] = _Step(
                 stages=frozenset(stage_of[id(tensor)] for tensor in _tensors(twin, node) if id(tensor) in stage_of),
-                place=_place(stages, str(node.target)) if node.op == "call_module" else -1,
+                place=_place(stages, str(node.target)) if _is_placed(twin, node) else -1,
                 value=values.setdefault((what, occurrences[what]), len(values)),
                 is_by_size=is_by_size and node is not images and node.op != "output",
             )
@@ -326,6 +333,11 @@ def _split_at_output_layer(model: nn.Module) -> tuple[nn.Module, _Part]:
         value = graph.call_module(path, (value,))
     graph.output(value)
     return Listener(twin_of(model), paths[0], paths[-1]), _Part(model, {True: graph, False: graph}, constants=model)
+
+
+def _is_placed(twin: nn.Module, node: fx.Node) -> bool:
+    """Tell whether the step belongs to a stage: so does each module but what puts the outputs of several together."""
+    return node.op == "call_module" and not isinstance(twin.get_submodule(str(node.target)), StageOutputs)
 
 
 def _sources(node: fx.Node, steps: Mapping[fx.Node, _Step]) -> Iterator[fx.Node]:

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,6 +37,10 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.class_indices_N)
+
+    def first(self, width: int) -> "Features":
+        """Return the first `width` features of every image."""
+        return replace(self, features_ND=self.features_ND[:, :width])
 
 
 class TrunkPass:
@@ -76,7 +80,7 @@ class TrunkPass:
         self.seconds = 0.0
         self.computing_seconds = 0.0
         self._began = 0.0
-        self._trunk = trunk
+        self.trunk = trunk
         self._data_root = data_root
         self._view = view
         self._precision = precision
@@ -110,7 +114,7 @@ class TrunkPass:
     def of_view(self, view: View, *, images: int) -> "TrunkPass":
         """Return a pass over a view of the same images, by the same engine; it ends before this one does."""
         view_pass = TrunkPass(
-            self._trunk,
+            self.trunk,
             data_root=self._data_root,
             images=images,
             device=self.engine.device,

@@ -3,12 +3,15 @@
 Shapes: B images, C channels, H × W pixels or positions, D features.
 """
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from finetune.errors import ModelError
+from finetune.models.stage_outputs import pool
 
 
 class FrozenTrunk(nn.Module):
@@ -44,31 +47,40 @@ class FrozenTrunk(nn.Module):
 class Listener(nn.Module):
     """What enters the layer `first` of a network, which is run as a whole.
 
-    With `last`, the output of that layer must be what the network returns.
+    With `last`, the output of that layer must be what the network returns. The `outputs` of other modules, pooled, are
+    put behind what enters.
     """
 
-    def __init__(self, network: nn.Module, first: str, last: str | None = None) -> None:
+    def __init__(self, network: nn.Module, first: str, last: str | None = None, *, outputs: Sequence[str] = ()) -> None:
         super().__init__()
         self.network = network
         self.first = first
         self.last = last
+        self.outputs = tuple(outputs)
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor]:
         """Return what enters, alone in a tuple as what crosses a cut."""
         entering: list[Tensor] = []
         leaving: list[Any] = []
+        pooled: dict[str, Tensor] = {}
         first, last = map(self.network.get_submodule, (self.first, self.last or self.first))
         with (
+            ExitStack() as hooks,
             first.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0])),
             last.register_forward_hook(lambda _, __, output: leaving.append(output)),
         ):
+            for path in self.outputs:
+                module = self.network.get_submodule(path)
+                hooks.enter_context(
+                    module.register_forward_hook(lambda _, __, output, path=path: pooled.update({path: pool(output)}))
+                )
             output = self.network(images_BCHW)
         if len(entering) != 1 or (self.last is not None and output is not leaving[0]):
             raise ModelError(
                 f"the network cannot be cut at its output layer {self.first}: "
                 f"that runs {len(entering)} times, or code that is no module follows it"
             )
-        return (entering[0],)
+        return (torch.cat([entering[0], *(pooled[path] for path in self.outputs)], dim=1),)
 
 
 class MeanOverPositions(nn.Module):

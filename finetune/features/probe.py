@@ -42,9 +42,9 @@ CPU = torch.device("cpu")
 class Probe:
     """A solved linear head: logits = features · weight_KDᵀ + bias_K, in the units of the raw features.
 
-    `accuracy` is the mean over the folds of a stratified cross-validation, `spread` their standard deviation and
-    `strength` the inverse regularisation chosen by it. Without two images in some class nothing can be held out: then
-    both are None.
+    `accuracy` and `loss` (nats) are the means over the folds of a stratified cross-validation, `spread` the standard
+    deviation of the former and `strength` the inverse regularisation chosen by the latter. Without two images in some
+    class nothing can be held out: then all but `strength` are None.
     """
 
     weight_KD: Array
@@ -52,10 +52,11 @@ class Probe:
     strength: float
     accuracy: float | None
     spread: float | None
+    loss: float | None
 
     def summary(self) -> dict[str, float | None]:
         """Return the numbers without the weights, for metrics.jsonl."""
-        return {"accuracy": self.accuracy, "spread": self.spread, "strength": self.strength}
+        return {"accuracy": self.accuracy, "spread": self.spread, "loss": self.loss, "strength": self.strength}
 
     def logits(self, features_ND: Array) -> Array:
         """Return the scores of each class before softmax, (N, K)."""
@@ -179,6 +180,7 @@ def solve_probe(
         strength=strength,
         accuracy=float(best.accuracy_F.mean()) if best else None,
         spread=float(best.accuracy_F.std()) if best else None,
+        loss=float(best.loss_F.mean()) if best else None,
     )
 
 

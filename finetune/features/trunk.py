@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from finetune.features.cut import Cut, feature_trunk
+from finetune.models.heads import head_module
 from finetune.models.initialize import Backbone
+from finetune.models.stage_outputs import head_inputs
 from finetune.models.stages import stage_tensors
 
 NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -19,13 +21,20 @@ NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, n
 class Trunk:
     """The first `frozen` stages of `backbone` as `module`, images (B, C, H, W) → one tensor (B, …) or a tuple of them.
 
-    `is_pooled` says that it gives the feature vectors (B, D) that enter the output layer.
+    `is_pooled` says that it gives the feature vectors (B, D) that enter the output layer, `outputs` at which modules
+    the pooled ones behind them are taken.
     """
 
     backbone: Backbone
     module: nn.Module
     frozen: int
     is_pooled: bool
+    outputs: tuple[str, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """How many numbers enter the output layer by itself, D."""
+        return int(head_module(self.backbone.module).weight.shape[1])
 
     @property
     def title(self) -> str:
@@ -53,6 +62,7 @@ class Trunk:
             "weights_sha256": self.weights_sha256,
             "frozen_stages": [stage.name for stage in self.backbone.stages[: self.frozen]],
             "is_pooled": self.is_pooled,
+            "outputs": list(self.outputs),
         }
 
 
@@ -65,10 +75,19 @@ def map_dtype(network: nn.Module) -> str:
     return "<f2" if any(isinstance(module, NORMALISATIONS) for module in network.modules()) else "<f4"
 
 
-def pooled_trunk(backbone: Backbone) -> Trunk:
-    """Return everything below the output layer of `backbone`, which gives pooled features."""
-    module = feature_trunk(backbone.module)
-    return Trunk(backbone=backbone, module=module, frozen=len(backbone.stages) - 1, is_pooled=True)
+def pooled_trunk(backbone: Backbone, outputs: tuple[str, ...] = ()) -> Trunk:
+    """Return everything below the output layer of `backbone`, which gives pooled features.
+
+    Behind them come the `outputs` of the modules at these paths, by default those that its head looks at.
+    """
+    outputs = outputs or head_inputs(backbone.module)
+    return Trunk(
+        backbone=backbone,
+        module=feature_trunk(backbone.module, outputs),
+        frozen=len(backbone.stages) - 1,
+        is_pooled=True,
+        outputs=outputs,
+    )
 
 
 def boundary_trunk(backbone: Backbone, cut: Cut, frozen: int) -> Trunk:

@@ -25,12 +25,16 @@ from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn import functional
 
 from finetune.errors import ModelError
-from finetune.models.tracing import NetworkTracer, twin_of
+from finetune.models.stage_outputs import NORM_EPS, StageOutputs
+from finetune.models.tracing import NetworkTracer
+from finetune.models.twins import twin_of
 
 ImageShape = tuple[int, int, int]
 """Channels, height and width."""
 
-_Kind = Literal["as_it_is", "reshape", "linear", "norm", "activation", "log_softmax", "pooling", "local", "other"]
+_Kind = Literal[
+    "as_it_is", "reshape", "linear", "norm", "activation", "log_softmax", "pooling", "stages", "local", "other"
+]
 """What a step of the network is to the conversion. "local" are the steps that slide over a picture already."""
 
 _STEPS: dict[_Kind, tuple[object, ...]] = {
@@ -47,6 +51,7 @@ _STEPS: dict[_Kind, tuple[object, ...]] = {
     ),
     "log_softmax": (nn.LogSoftmax, functional.log_softmax, torch.log_softmax, "log_softmax"),
     "pooling": (nn.AdaptiveAvgPool2d, functional.adaptive_avg_pool2d, nn.AvgPool2d, torch.mean, "mean"),
+    "stages": (StageOutputs,),
     "local": (nn.Conv2d, nn.MaxPool2d, functional.conv2d, functional.max_pool2d, functional.avg_pool2d),
 }
 """By the exact class, function or method: a subclass may do more, as timm's norms that carry an activation."""
@@ -149,6 +154,21 @@ class _SlidingNorm(nn.Module):
         return normed_BDHW
 
 
+class _SlidingStageOutputs(nn.Module):
+    """The maps of several stages side by side, on the grid of the last; their mean is what `StageOutputs` gives."""
+
+    def forward(self, map_BDHW: Tensor, *maps: Tensor) -> Tensor:
+        height, width = map_BDHW.shape[2:]
+        sides = []
+        for side_BCHW in maps:
+            mean_BC = side_BCHW.mean(dim=(2, 3))
+            coarse_BCHW = functional.adaptive_avg_pool2d(side_BCHW, (height, width))
+            coarse_BCHW = coarse_BCHW + (mean_BC - coarse_BCHW.mean(dim=(2, 3)))[:, :, None, None]  # of uneven windows
+            variance_B111, centre_B111 = (each.view(-1, 1, 1, 1) for each in torch.var_mean(mean_BC, 1, correction=0))
+            sides.append((coarse_BCHW - centre_B111) * (variance_B111 + NORM_EPS).rsqrt())
+        return torch.cat([map_BDHW, *sides], dim=1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _End:
     """The end of a network: its steps behind the map, the last one first, and the map they make an answer of."""
@@ -216,6 +236,8 @@ def _convolve(network: fx.GraphModule, end: _End) -> None:
             network.set_submodule(str(node.target), _SlidingLinear(module, window))
         elif isinstance(module, nn.BatchNorm1d):
             network.set_submodule(str(node.target), _SlidingNorm(module))
+        elif kind == "stages":
+            _lay_out(network, node)
         elif kind in ("reshape", "pooling", "log_softmax"):
             source = _only_tensor(network, node)
             if kind == "pooling" and _pools_channels_last(network, node):
@@ -225,6 +247,22 @@ def _convolve(network: fx.GraphModule, end: _End) -> None:
             network.graph.erase_node(node)
     network.graph.eliminate_dead_code()
     network.recompile()
+
+
+def _lay_out(network: fx.GraphModule, node: fx.Node) -> None:
+    """Let a head on all stages see their maps, instead of what is pooled of them."""
+    features, *pooled = node.all_input_nodes
+    maps = []
+    for source in (step.all_input_nodes[0] for step in pooled):
+        shape = _shape(source)
+        if len(shape) != 4:
+            raise _refusal(f"its head looks at {_layer(network, source)}, which gives no map")
+        if shape[2] != shape[3]:
+            with network.graph.inserting_after(source):
+                source = network.graph.call_method("permute", (source, 0, 3, 1, 2))  # noqa: PLW2901
+        maps.append(source)
+    network.set_submodule(str(node.target), _SlidingStageOutputs())
+    node.args = (features, *maps)
 
 
 def _try_out(network: fx.GraphModule, noise_1CHW: Tensor, expected_1K: Tensor, *, has_log_softmax: bool) -> float:
@@ -301,6 +339,8 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 def _only_tensor(network: fx.GraphModule, node: fx.Node) -> fx.Node:
     """Return the step whose tensor `node` takes; one that takes several ends the walk."""
     sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
+    if isinstance(_module(network, node), StageOutputs):
+        return sources[0]  # the features; the stages beside them are maps of the same picture
     tensors = [source for source in sources if isinstance(source.meta.get("tensor_meta"), TensorMetadata)]
     if len(tensors) != 1:
         what = "its output" if node.op == "output" else _layer(network, node)

@@ -262,7 +262,7 @@ def _resize(entry: ModelEntry, module: nn.Module, input_spec: InputSpec) -> None
                 cast(Any, module).set_input_size(img_size=image_size)
         elif isinstance(module, VisionTransformer):
             _resize_vit(module, image_size)
-        _push_shapes(module, input_spec)
+        push_shapes(module, input_spec)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         reason = (
             "its linear layers fit its own size only" if entry.source == "classic" else str(error).partition("\n")[0]
@@ -285,7 +285,7 @@ def _resize_vit(module: nn.Module, image_size: int) -> None:
     vit.image_size, vit.seq_length = image_size, embedding.shape[1]
 
 
-def _push_shapes(module: nn.Module, input_spec: InputSpec) -> None:
+def push_shapes(module: nn.Module, input_spec: InputSpec) -> None:
     """Run two images through `module` with tensors that have shapes but no memory; its own are not touched."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}

@@ -17,6 +17,7 @@ from finetune.evaluation.infer import probabilities_of
 from finetune.models.device import resolve_device
 from finetune.models.initialize import build_backbone
 from finetune.models.neighbours import attach_saved_neighbours
+from finetune.models.stage_outputs import attach_saved_stage_outputs
 from finetune.models.weights import load_exact
 from finetune.runs.folder import find_model_file
 from finetune.runs.model_file import ModelMetadata, load_model_file
@@ -144,5 +145,9 @@ def load_classifier(path: str | os.PathLike[str], *, device: str = "auto") -> Cl
     )
     if metadata.head == "knn":
         attach_saved_neighbours(backbone.module, tensors, class_count=len(metadata.label_map), source=str(file))
+    if metadata.head_inputs:
+        attach_saved_stage_outputs(
+            backbone.module, metadata.head_inputs, tensors, input_spec=metadata.input_spec, source=str(file)
+        )
     load_exact(backbone.module, tensors, str(file))
     return Classifier(backbone.module, metadata, device=resolve_device(device))

@@ -17,8 +17,9 @@ from finetune.runs.records import InputSpec, Interpolation, LabelMap
 if TYPE_CHECKING:
     import torch
 
-FORMAT_NUMBER = 2
-"""Format 2 knows the fixed pixel permutation and the head of nearest neighbours; files of format 1 are read too."""
+FORMAT_NUMBER = 3
+"""Format 2 knows the fixed pixel permutation and the head of nearest neighbours, format 3 a head that looks at several
+stages; files of earlier formats are read too."""
 
 METADATA_KEY = "finetune"
 MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
@@ -43,6 +44,8 @@ class ModelMetadata:
     metrics: Mapping[str, float]
     """Validation scores of these weights."""
     data_fingerprint: str
+    head_inputs: tuple[str, ...] = ()
+    """Paths of the modules at whose outputs the head looks, beside the features of the last stage."""
     calibration: float | None = None
     """Temperature that the logits are divided by."""
     threshold: float | None = None
@@ -68,6 +71,8 @@ class ModelMetadata:
                     f"{source} has format {values['format_number']}; this version reads up to {FORMAT_NUMBER}",
                     "update finetune",
                 )
+            if isinstance(values, dict) and values.get("format_number") in (1, 2):
+                values.setdefault("head_inputs", [])
             _require_fields(values, cls, "metadata")
             _require_fields(values["label_map"], LabelMap, "label_map")
             if values["format_number"] == 1 and isinstance(values["input_spec"], dict):
@@ -170,6 +175,7 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
             "pretrained_weights": isinstance(values["pretrained_weights"], str),
             "data_fingerprint": isinstance(values["data_fingerprint"], str),
             "frozen_stages": _is_list(values["frozen_stages"], str),
+            "head_inputs": _is_list(values["head_inputs"], str),
             "class_names": _is_list(labels["class_names"], str) and len(labels["class_names"]) > 1,
             "display_names": _is_list(labels["display_names"], str),
             "mean": _is_list(spec["mean"], float, int),
@@ -193,6 +199,7 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
         "label_map": LabelMap(class_names=tuple(labels["class_names"]), display_names=tuple(labels["display_names"])),
         "input_spec": InputSpec(**spec | {"mean": tuple(spec["mean"]), "std": tuple(spec["std"])}),
         "frozen_stages": tuple(values["frozen_stages"]),
+        "head_inputs": tuple(values["head_inputs"]),
     }
 
 

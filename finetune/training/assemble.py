@@ -23,10 +23,10 @@ from finetune.data.split import apply_split, split_table, write_split_csv
 from finetune.data.table import ImageTable
 from finetune.errors import ModelError, RunError
 from finetune.features.extract import TrunkPass
-from finetune.features.trunk import pooled_trunk
 from finetune.models.device import resolve_device, resolve_precision
 from finetune.models.initialize import Backbone, build_backbone
 from finetune.models.neighbours import require_vectors
+from finetune.models.stage_outputs import attach_saved_stage_outputs
 from finetune.runs import strict_json
 from finetune.runs.environment import describe_environment
 from finetune.runs.folder import RunFolder, write_whole
@@ -38,7 +38,7 @@ from finetune.training.checkpoint import SavedState, read_state, restore_state
 from finetune.training.job import Job, fixed_options
 from finetune.training.plan import Plan, phases_text, plan_phases
 from finetune.training.progress import Progress
-from finetune.training.start import is_studied, is_studied_by_sample, start_network
+from finetune.training.start import is_studied, is_studied_by_sample, start_network, study_trunk
 
 OTHER_IMAGES = "the images are not those that training began with"
 ANEW = "train anew with another --output"
@@ -120,7 +120,7 @@ def _new_job(
             precision = resolve_precision(config.precision, device, backbone.module)
             trunk_pass = stack.enter_context(
                 TrunkPass(
-                    pooled_trunk(backbone),
+                    study_trunk(config, backbone, images=len(listing.rows)),
                     data_root=listing.root,
                     images=len(processes.share(listing.rows)),
                     device=device,
@@ -209,6 +209,14 @@ def _saved_job(
     table, label_map = _images(config, run, listing, onlooker=None, processes=processes, reporter=reporter)
     if identity["data_fingerprint"] != table.fingerprint():
         raise RunError(f"{run.path} cannot be resumed: {OTHER_IMAGES}", ANEW)
+    if plans[0].head_inputs:
+        attach_saved_stage_outputs(
+            backbone.module,
+            plans[0].head_inputs,
+            saved.model,
+            input_spec=backbone.input_spec,
+            source=str(saved.folder),
+        )
     backbone.module.load_state_dict(saved.model)  # what frozen layers give is computed before all is restored
     job = Job(
         config=config,
@@ -286,7 +294,8 @@ def _network(config: TrainConfig, listing: Listing, device: torch.device, *, is_
 
 def _saved_plans(config: TrainConfig, saved: list[dict[str, Any]], names: Sequence[str]) -> tuple[Plan, ...]:
     """Return the plans that were followed, the last of them with as many epochs as make up those now asked for."""
-    *plans, last = (Plan(**values | {"frozen_stages": tuple(values["frozen_stages"])}) for values in saved)
+    texts = ("frozen_stages", "head_inputs")  # JSON has no tuples
+    *plans, last = (Plan(**values | {name: tuple(values[name]) for name in texts}) for values in saved)
     if config.epochs != "auto":
         fewest = 1 if config.phases else 0
         last = replace(last, epochs=max(config.epochs - sum(plan.epochs for plan in plans), fewest))
@@ -316,6 +325,7 @@ def _resolved(config: TrainConfig, job: Job) -> TrainConfig:
         label_names=_absolute(config.label_names),
         scenario=plan.scenario,
         head_start="random" if plan.head_start == "random" else "probe",
+        head_stages="all" if plan.head_inputs else "last",
         image_size=spec.image_size_px,
         channels=spec.channels,
         batch_size=plan.batch_size,

@@ -50,6 +50,8 @@ class Plan:
     """Augmented views of every training image that the frozen stages are run on; 0 is the image itself."""
     rate_share: float = 1.0
     """What the rates are multiplied by in this phase."""
+    head_inputs: tuple[str, ...] = ()
+    """Modules at whose outputs the head looks, beside the features of the last stage."""
 
 
 def make_plan(

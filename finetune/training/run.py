@@ -157,6 +157,7 @@ def _write_model(job: Job, scores: Mapping[str, Scores]) -> None:
     metadata = ModelMetadata(
         architecture=job.backbone.name,
         head=job.backbone.head,
+        head_inputs=job.plan.head_inputs,
         label_map=job.label_map,
         input_spec=job.backbone.input_spec,
         frozen_stages=min((plan.frozen_stages for plan in job.plans), key=len),

@@ -13,12 +13,15 @@ from finetune.advice.measure import Evidence, count_images, measure
 from finetune.config.phases import parse_phases
 from finetune.config.schema import TrainConfig
 from finetune.data.table import ImageTable
+from finetune.errors import ConfigError, ModelError
 from finetune.features.extract import TrunkPass
+from finetune.features.trunk import Trunk, pooled_trunk
 from finetune.models.device import resolve_precision
 from finetune.models.freezing import Scenario, freeze_stages, frozen_count
 from finetune.models.heads import can_load_linear_head, head_module, load_linear_head
 from finetune.models.initialize import Backbone
 from finetune.models.neighbours import NeighbourHead, attach_neighbours, choose_neighbours
+from finetune.models.stage_outputs import attach_stage_outputs, stage_ends
 from finetune.runs import strict_json
 from finetune.runs.folder import RunFolder, write_whole
 from finetune.runs.processes import Processes
@@ -33,6 +36,7 @@ from finetune.training.study import (
     Study,
     is_sampled,
     majority_accuracy,
+    may_look_at_all,
     sample_to_study,
     study_images,
 )
@@ -54,6 +58,26 @@ def is_studied_by_sample(config: TrainConfig, backbone: Backbone, *, images: int
     return has_body and _requested(config) != "small-similar" and is_sampled(images, classes=classes)
 
 
+def study_trunk(config: TrainConfig, backbone: Backbone, *, images: int) -> Trunk:
+    """Return what so many images are studied by: the pooled features, and where it may pay the outputs of all stages.
+
+    Raises:
+        ModelError: `head_stages` is "all", and there is nothing else to look at than the features.
+    """
+    is_solved = config.head != "knn" and config.head_start == "probe" and config.loss == "cross-entropy"
+    if config.head_stages == "last" or not is_solved:
+        return pooled_trunk(backbone)
+    ends = stage_ends(backbone.module, backbone.stages, backbone.input_spec)
+    if config.head_stages == "all" and not ends:
+        raise ModelError(
+            f"--head-stages all: {backbone.name} has no other stages that a head could look at", "leave it out"
+        )
+    trunk = pooled_trunk(backbone)
+    if config.head_stages == "auto" and not may_look_at_all(images, width=trunk.width + sum(ends.values())):
+        return trunk
+    return pooled_trunk(backbone, tuple(ends))
+
+
 def ask_network(
     config: TrainConfig,
     backbone: Backbone,
@@ -67,12 +91,13 @@ def ask_network(
     """Ask the frozen network about the images, or a sample of very many; return what it says and what that is worth."""
     train_N = table.select("train").class_indices(label_map)
     has_body = len(backbone.stages) > 1
+    is_probed = config.head != "knn" and (has_body or config.loss == "cross-entropy")
     is_part = is_studied_by_sample(config, backbone, images=len(train_N), classes=len(label_map))
     study = study_images(
         trunk_pass,
         sample_to_study(table, seed=config.seed) if is_part else table,
         label_map,
-        with_probe=config.head != "knn" and (has_body or config.loss == "cross-entropy"),
+        looks_at=config.head_stages if is_probed else "none",
         augmentation="none" if is_part or config.budget else config.augmentation,
         class_weights_K=_class_weights(config, train_N, len(label_map)),
         seed=config.seed,
@@ -123,9 +148,17 @@ def start_network(
             config, backbone, table, label_map, trunk_pass=trunk_pass, processes=processes, reporter=reporter
         )
         baselines = replace(study.baselines, majority=baselines.majority)
+        _tell_what_the_head_sees(study, reporter)
     advice = choose(evidence, requested=None if requested == "auto" else requested, has_body=has_body)
     frozen = frozen_count(advice.scenario, backbone.module, backbone.stages, images_per_class=evidence.images_per_class)
     plan = _plan(config, backbone, advice.scenario, frozen, len(train_N), processes=processes, reporter=reporter)
+    if study and plan.head_start == "probe":
+        plan = replace(plan, head_inputs=study.head_inputs)
+    if config.head_stages == "all" and not plan.head_inputs:
+        raise ConfigError(
+            f"--head-stages all needs a head that is solved, and scenario {advice.scenario} starts from a random one",
+            "choose another --scenario, or leave it out",
+        )
     phases = plan_phases(plan, parse_phases(config.phases), [stage.name for stage in backbone.stages])
     plans = processes.from_main(
         lambda: tuple(
@@ -134,15 +167,16 @@ def start_network(
         )
     )
     if study and plan.head_start != "random":
-        _start_head(backbone, study)
+        _start_head(backbone, study, plan.head_inputs)
     if processes.is_main:
         values = {**advice.to_json(), "plans": [asdict(each) for each in plans]}
         write_whole(run.advice, strict_json.dump(values, indent=1))
         if trunk_pass:
             run.record("features", trunk_pass.summary())
         run.record("baseline", baselines.to_json())
-        if study and study.probe:
-            run.record("probe", {**study.probe.summary(), "views": study.views, "head_start": plan.head_start})
+        if study and study.head:
+            sees = {"views": study.views, "head_inputs": list(study.head_inputs), "head_start": plan.head_start}
+            run.record("probe", {**study.head.summary(), **sees})
     _tell(reporter, baselines, advice.scenario, advice.reason)
     return plans
 
@@ -197,10 +231,13 @@ def _class_weights(config: TrainConfig, class_indices_N: Array, class_count: int
     return balanced_class_weights(torch.from_numpy(counts_K)).numpy()
 
 
-def _start_head(backbone: Backbone, study: Study) -> None:
+def _start_head(backbone: Backbone, study: Study, head_inputs: tuple[str, ...]) -> None:
     """Put the solved probe into the output layer, or the training images in its place where no probe was asked for."""
-    if study.probe:
-        load_linear_head(backbone.module, torch.from_numpy(study.probe.weight_KD), torch.from_numpy(study.probe.bias_K))
+    if study.head:
+        weight_KD, bias_K = torch.from_numpy(study.head.weight_KD), torch.from_numpy(study.head.bias_K)
+        if head_inputs:
+            attach_stage_outputs(backbone.module, head_inputs, width=weight_KD.shape[1])
+        load_linear_head(backbone.module, weight_KD, bias_K)
         return
     vectors_MD, classes_M = torch.from_numpy(study.train.features_ND), torch.from_numpy(study.train.class_indices_N)
     head = NeighbourHead(
@@ -210,6 +247,17 @@ def _start_head(backbone: Backbone, study: Study) -> None:
         neighbours=choose_neighbours(vectors_MD, classes_M),
     )
     attach_neighbours(backbone.module, head)
+
+
+def _tell_what_the_head_sees(study: Study, reporter: Reporter) -> None:
+    if not (study.head_inputs and study.head and study.probe):
+        return
+    losses = [probe.loss for probe in (study.head, study.probe) if probe.loss is not None]
+    measured = " instead of ".join(f"{loss:.3f}" for loss in losses)
+    reporter.say(
+        "The head looks at the outputs of all stages, not of the last alone"
+        + (f": its loss is {measured} in a cross-validation." if measured else ".")
+    )
 
 
 def _tell(reporter: Reporter, baselines: Baselines, scenario: str, reason: str) -> None:

@@ -1,8 +1,9 @@
 """What the frozen network makes of the images before anything learns: the baselines to beat, and the probe."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,8 +14,11 @@ from finetune.features.extract import Features, TrunkPass
 from finetune.features.neighbours import neighbour_accuracy
 from finetune.features.probe import Probe, are_folds_shared, solve_probe
 from finetune.models.freezing import LITTLE_BELOW
+from finetune.runs.processes import Processes
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
+
+Array = np.ndarray[Any, Any]
 
 FEW_IMAGES, VIEWS_OF_FEW = 5, 4
 """Up to how many images a class the probe learns from how many augmented views of each too.
@@ -23,6 +27,11 @@ Chosen by tests/benchmarks/probe_views.py, as the kinds of views are.
 """
 GENTLE: tuple[Augmentation, ...] = ("light", "affine")  # of the others, none gains by it
 MOST_VIEWED_CLASSES = 1_000  # of more, the numbers that the probe is solved with would take gigabytes
+BELOW_IMAGES, WIDEST_NUMBERS = 20_000, 2**26
+"""Of fewer training images, and of a quarter of a gigabyte of features at most, the probe may look at all stages.
+
+Of more images fine-tuning makes more than that does. tests/benchmarks/probe_stages.py shows what it gains.
+"""
 MANY_IMAGES, STUDIED_IMAGES = 500_000, 50_000
 """Above how many training images a sample is studied, and of how many."""
 
@@ -50,8 +59,13 @@ class Study:
 
     train: Features
     views: int
-    """Augmented views of every training image that the probe has learned from, beside the image itself."""
+    """Augmented views of every training image that the probes have learned from, beside the image itself."""
     probe: Probe | None
+    """On the features that enter the output layer."""
+    head: Probe | None
+    """The probe to start from."""
+    head_inputs: tuple[str, ...]
+    """At the outputs of which modules that one looks, beside the features."""
     baselines: Baselines
 
 
@@ -60,65 +74,93 @@ def study_images(
     table: ImageTable,
     label_map: LabelMap,
     *,
-    with_probe: bool = True,
+    looks_at: Literal["auto", "last", "all", "none"] = "auto",
     augmentation: Augmentation = "light",
-    class_weights_K: np.ndarray[Any, Any] | None = None,
+    class_weights_K: Array | None = None,
     seed: int,
     reporter: Reporter,
 ) -> Study:
     """Take the features of the "train" and "valid" images, solve the probe on the first and score both.
+
+    Where the trunk gives the outputs of more stages than the last, a second probe is solved on all. It is the one to
+    start from if its loss is less in the cross-validation.
 
     Args:
         trunk_pass: Gives the pooled features; several processes share it, and those of one machine also the folds of
             the probe where there is much to solve.
         table: The images, split.
         label_map: Gives each label its class index.
-        with_probe: Whether to solve the probe.
+        looks_at: What the probe to start from looks at: the "last" stage or "all"; "auto" compares, and with "none" no
+            probe is solved.
         augmentation: Changes the views that it learns from where there are few images, if it is a GENTLE one.
         class_weights_K: How much an image of each class counts in it; 1 by default.
         seed: Of the folds of its cross-validation.
         reporter: Shows progress where features have to be computed.
     """
-    device, processes = trunk_pass.engine.device, trunk_pass.processes
+    device, processes, width = trunk_pass.engine.device, trunk_pass.processes, trunk_pass.trunk.width
     learned_from, held_back = table.select("train"), table.select("valid")
     train = trunk_pass.features(learned_from, label_map, reporter)
     valid = trunk_pass.features(held_back, label_map, reporter) if len(held_back) else None
-    probe, views = None, []
-    if with_probe:
+    probe = head = None
+    views: list[Array] = []
+    if looks_at != "none":
         if augmentation in GENTLE and has_few_images(train.class_indices_N):
             for number in range(VIEWS_OF_FEW):
                 view = View(augmentation=augmentation, seed=seed, number=number)
                 with trunk_pass.of_view(view, images=len(train)) as view_pass:
                     views.append(view_pass.features(learned_from, label_map, reporter).features_ND)
         solve = partial(
-            solve_probe,
-            train,
-            views=views,
+            _solve,
             class_count=len(label_map),
             class_weights_K=class_weights_K,
             seed=seed,
             device=device,
+            processes=processes,
         )
-        if processes.local_count == processes.count and are_folds_shared(len(train) * (1 + len(views)), len(label_map)):
-            shared = solve(processes=processes)
-            probe = processes.from_main(lambda: shared)
-        else:
-            probe = processes.from_main(solve)
-    if valid is None:
-        return Study(train=train, views=len(views), probe=probe, baselines=Baselines(majority=None))
+        probe = head = solve(train.first(width), [view_ND[:, :width] for view_ND in views])
+        if trunk_pass.trunk.outputs and looks_at != "last":
+            wide = solve(train, views)
+            is_better = wide.loss is not None and probe.loss is not None and wide.loss < probe.loss
+            head = wide if is_better or looks_at == "all" else probe
+    baselines = Baselines(majority=None)
+    if valid is not None:
+        last = train.first(width), valid.first(width)
+        baselines = Baselines(
+            majority=majority_accuracy(train.class_indices_N, valid.class_indices_N),
+            knn=processes.from_main(lambda: neighbour_accuracy(*last, device=device)),
+            probe=_accuracy(head, valid) if head else None,
+        )
     return Study(
-        train=train,
+        train=train.first(width),
         views=len(views),
         probe=probe,
-        baselines=Baselines(
-            majority=majority_accuracy(train.class_indices_N, valid.class_indices_N),
-            knn=processes.from_main(lambda: neighbour_accuracy(train, valid, device=device)),
-            probe=float((probe.predict(valid.features_ND) == valid.class_indices_N).mean()) if probe else None,
-        ),
+        head=head,
+        head_inputs=() if head is probe else trunk_pass.trunk.outputs,
+        baselines=baselines,
     )
 
 
-def has_few_images(class_indices_N: np.ndarray[Any, Any]) -> bool:
+def _solve(train: Features, views: Sequence[Array], *, processes: Processes, **options: Any) -> Probe:
+    """Solve the probe, in the main process, or with the folds shared among those of one machine."""
+    solve = partial(solve_probe, train, views=views, **options)
+    is_one_machine = processes.local_count == processes.count
+    if is_one_machine and are_folds_shared(len(train) * (1 + len(views)), options["class_count"]):
+        shared = solve(processes=processes)
+        return processes.from_main(lambda: shared)
+    return processes.from_main(solve)
+
+
+def _accuracy(head: Probe, held_back: Features) -> float:
+    width = head.weight_KD.shape[1]
+    return float((head.predict(held_back.first(width).features_ND) == held_back.class_indices_N).mean())
+
+
+def may_look_at_all(images: int, *, width: int) -> bool:
+    """Tell whether so many training images, with so many numbers of all stages each, get a probe on all."""
+    return images < BELOW_IMAGES and images * width <= WIDEST_NUMBERS
+
+
+def has_few_images(class_indices_N: Array) -> bool:
     """Tell whether the probe learns from views of images of these classes too."""
     classes = len(np.unique(class_indices_N))
     return classes <= MOST_VIEWED_CLASSES and len(class_indices_N) <= FEW_IMAGES * classes
@@ -147,7 +189,7 @@ def sample_to_study(table: ImageTable, *, seed: int) -> ImageTable:
     return ImageTable(table.root, table.rows.take(np.sort(np.concatenate(kept))))
 
 
-def majority_accuracy(train_N: np.ndarray[Any, Any], held_out_N: np.ndarray[Any, Any]) -> float | None:
+def majority_accuracy(train_N: Array, held_out_N: Array) -> float | None:
     """Return the share of the held-out class indices that are the most frequent one of the training images."""
     if not len(held_out_N):
         return None

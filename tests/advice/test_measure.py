@@ -19,7 +19,9 @@ def features(counts: dict[int, int]) -> Features:
 
 
 def probe(accuracy: float | None, spread: float | None) -> Probe:
-    return Probe(weight_KD=np.zeros((3, 8)), bias_K=np.zeros(3), strength=0.01, accuracy=accuracy, spread=spread)
+    return Probe(
+        weight_KD=np.zeros((3, 8)), bias_K=np.zeros(3), strength=0.01, accuracy=accuracy, spread=spread, loss=None
+    )
 
 
 def test_images_are_counted_over_the_classes_that_have_any() -> None:

@@ -327,8 +327,9 @@ def test_classes_that_a_fold_cannot_know_do_not_choose_the_strength() -> None:
 
 
 def test_summary_is_plain() -> None:
-    probe = Probe(weight_KD=np.eye(2), bias_K=np.zeros(2), strength=0.1, accuracy=None, spread=None)
-    assert strict_json.parse(strict_json.dump(probe.summary())) == {"accuracy": None, "spread": None, "strength": 0.1}
+    unknown = {"accuracy": None, "spread": None, "loss": None}
+    probe = Probe(weight_KD=np.eye(2), bias_K=np.zeros(2), strength=0.1, **unknown)
+    assert strict_json.parse(strict_json.dump(probe.summary())) == {**unknown, "strength": 0.1}
     assert probe.logits(np.array([[1.0, 2.0]])).tolist() == [[1.0, 2.0]]
 
 

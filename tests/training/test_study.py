@@ -89,7 +89,7 @@ def test_of_few_images_the_probe_learns_from_views_too(look: Look, make_table: C
 
 @pytest.mark.parametrize(
     ("per_class", "options"),
-    [(FEW_IMAGES + 1, {}), (2, {"augmentation": "none"}), (2, {"augmentation": "flowers"}), (2, {"with_probe": False})],
+    [(FEW_IMAGES + 1, {}), (2, {"augmentation": "none"}), (2, {"augmentation": "flowers"}), (2, {"looks_at": "none"})],
     ids=["more images", "no augmentation", "a wild augmentation", "no probe"],
 )
 def test_no_views_are_computed(

@@ -1,5 +1,9 @@
 """Epochs in an experiment tracker."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +16,38 @@ from finetune.errors import MissingExtraError
 from finetune.runs.folder import RunFolder
 from finetune.training.progress import Progress
 from finetune.training.tracking import Tracking
+from tests.training.exact_resume import write_images
+
+RECORDER = """
+import json, os
+from types import SimpleNamespace
+
+def note(what, values, step=None):
+    with open(os.environ["NOTES"], "a") as file:
+        print(json.dumps([what, values, step]), file=file)
+
+def log(values, step=None, **_):
+    note("log", values, step)
+"""
+STAND_INS = {
+    "wandb": """
+def init(project, name):
+    note("run", [project, name])
+    return SimpleNamespace(log=log, finish=lambda: note("end", None))
+config = SimpleNamespace(update=lambda values, allow_val_change: note("options", values))
+""",
+    "mlflow": """
+utils = SimpleNamespace(validation=SimpleNamespace(MAX_PARAM_VAL_LENGTH=500, MAX_PARAMS_TAGS_PER_BATCH=1000))
+search_experiments = lambda filter_string: []
+create_experiment = lambda name, **_: name
+start_run = lambda experiment_id, run_name, **_: note("run", [experiment_id, run_name])
+log_params = lambda values: note("options", values)
+log_metrics = log
+end_run = lambda: note("end", None)
+""",
+}
+STAND_INS["trackio"] = STAND_INS["wandb"]
+"""What accelerate calls of each package, writing down what it is called with: the packages themselves are large."""
 
 
 def test_tensorboard_gets_every_epoch(tmp_path: Path) -> None:
@@ -29,6 +65,32 @@ def test_tensorboard_gets_every_epoch(tmp_path: Path) -> None:
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("valid_loss")] == [(0, 2.0), (1, 1.0), (2, 0.5)]
     assert [event.step for event in events.Scalars("train_accuracy")] == [1, 2]
+
+
+@pytest.mark.parametrize("name", sorted(STAND_INS))
+def test_every_other_tracker_gets_the_options_and_every_epoch_of_a_run(tmp_path: Path, name: str) -> None:
+    packages, notes, run = tmp_path / "packages", tmp_path / "notes", tmp_path / "a run"
+    about = packages / f"{name}-1.0.dist-info" / "METADATA"
+    about.parent.mkdir(parents=True)
+    about.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (packages / f"{name}.py").write_text(RECORDER + STAND_INS[name])
+    write_images(tmp_path / "data")
+    options = ["--model", "lenet5", "--epochs", "2", "--tracker", name, "--output", str(run), "--quiet"]
+    subprocess.run(
+        [sys.executable, "-m", "finetune", "train", str(tmp_path / "data"), *options],
+        env={**os.environ, "PYTHONPATH": str(packages), "NOTES": str(notes)},
+        check=True,
+    )
+    found = [json.loads(line) for line in notes.read_text().splitlines()]
+    assert [what for what, _, _ in found] == ["run", "options", "log", "log", "log", "end"]
+    assert found[0][1] == ["finetune", "a run"]
+    assert {"model": "lenet5", "epochs": 2}.items() <= found[1][1].items()
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    start, *epochs = (event for event in events if event["event"] in ("start", "epoch"))
+    for (_, values, step), event in zip(found[2:5], [start, *epochs], strict=True):
+        assert step == event.get("epoch", 0)
+        assert values["valid_loss"] == pytest.approx(event["valid_loss"])
+        assert values["valid_accuracy"] == event["valid_accuracy"]
 
 
 @pytest.mark.parametrize("begin", [finetune.train, finetune.tune])

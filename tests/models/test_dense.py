@@ -15,8 +15,10 @@ from torchvision import models
 from finetune.errors import ModelError
 from finetune.models.classic.table import CLASSICS
 from finetune.models.dense import DenseClassifier, to_dense
-from finetune.models.heads import replace_head
+from finetune.models.heads import head_module, load_linear_head, replace_head
+from finetune.models.initialize import build_backbone
 from finetune.models.neighbours import NeighbourHead
+from finetune.models.stage_outputs import attach_stage_outputs, stage_ends
 
 
 def small_vgg(map_size: int = 3) -> nn.Sequential:
@@ -172,6 +174,33 @@ def test_pooling_moves_behind_the_head(name: str, size: int) -> None:
         assert min(map_BKHW.shape[2:]) > 1
         assert float(map_BKHW.std(dim=(2, 3)).max()) > 1e-3 * float(map_BKHW.abs().max())
         assert_close(map_BKHW.mean(dim=(2, 3)), logits_BK)
+
+
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/inception_v3", "torchvision/swin_t"])
+def test_a_head_on_all_stages_sees_their_maps_side_by_side(name: str) -> None:
+    """Maps of other sizes than multiples of the last, and with their channels last, among them."""
+    backbone = build_backbone(name, num_classes=3, use_pretrained=False)
+    size = backbone.input_spec.image_size_px
+    model = backbone.module.eval()
+    ends = stage_ends(model, backbone.stages, backbone.input_spec)
+    attach_stage_outputs(model, tuple(ends), width=head_module(model).in_features + sum(ends.values()))
+    nn.init.normal_(head_module(model).weight)
+    nn.init.normal_(head_module(model).bias)
+    dense = to_dense(model, (3, size, size))
+    logits_BK, map_BKHW = outputs(model, dense, 3, size, size)
+    assert min(map_BKHW.shape[2:]) > 1
+    assert float(map_BKHW.std(dim=(2, 3)).max()) > 1e-3 * float(map_BKHW.abs().max())
+    assert_close(map_BKHW.mean(dim=(2, 3)), logits_BK)
+    assert dense(torch.randn(1, 3, size + 32, size + 71)).shape[3] > map_BKHW.shape[3]
+
+
+def test_a_head_on_a_vector_gives_no_map() -> None:
+    backbone = build_backbone("lenet5", num_classes=3)
+    ends = stage_ends(backbone.module, backbone.stages, backbone.input_spec)
+    attach_stage_outputs(backbone.module, tuple(ends), width=84 + sum(ends.values()))
+    load_linear_head(backbone.module, torch.randn(3, 84 + sum(ends.values())), torch.zeros(3))
+    with pytest.raises(ModelError, match=r"flatten \(Flatten\), which gives no map"):
+        to_dense(backbone.module.eval(), (1, 32, 32))
 
 
 def test_a_map_of_channels_last() -> None:

@@ -36,6 +36,7 @@ METADATA = ModelMetadata(
     pretrained_weights="ImageNet-1k",
     metrics={"accuracy": 0.75, "log_loss": 1},
     data_fingerprint="ab" * 32,
+    head_inputs=("blocks.0", "blocks.1"),
     calibration=1.25,
     threshold=0.4,
 )
@@ -122,6 +123,14 @@ def test_unknown_field_is_refused_by_name(where: Callable[[Fields], Fields], mes
         from_json(changed_text(lambda values: where(values).update(hook="os.system")))
 
 
+def test_earlier_formats_know_no_head_on_several_stages() -> None:
+    for number in (1, 2):
+        text = changed_text(
+            lambda values, number=number: (values.pop("head_inputs"), values.update(format_number=number))
+        )
+        assert from_json(text) == replace(METADATA, head_inputs=(), format_number=number)
+
+
 def test_newer_format_says_so_even_with_fields_of_the_future() -> None:
     with pytest.raises(ModelError, match=f"has format {FORMAT_NUMBER + 1}") as caught:
         from_json(changed_text(lambda values: values.update(format_number=FORMAT_NUMBER + 1, future=1)))
@@ -140,6 +149,8 @@ def test_newer_format_says_so_even_with_fields_of_the_future() -> None:
         ("data_fingerprint", 12),
         ("frozen_stages", "stem"),
         ("frozen_stages", [1]),
+        ("head_inputs", "blocks.0"),
+        ("head_inputs", [None]),
         ("metrics", [0.5]),
         ("metrics", {"accuracy": "high"}),
         ("metrics", {"accuracy": True}),

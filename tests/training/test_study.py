@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,31 @@ import torch
 from PIL import Image
 
 import finetune
+from finetune.config.schema import TrainConfig
 from finetune.data.listing import list_images
 from finetune.data.scan import scan_images
 from finetune.data.table import ImageRow, ImageTable
 from finetune.features import extract
-from finetune.features.extract import TrunkPass
+from finetune.features.extract import Features, TrunkPass
 from finetune.features.probe import Probe, solve_probe
 from finetune.features.trunk import pooled_trunk
 from finetune.models.initialize import Backbone, build_backbone
+from finetune.models.stage_outputs import stage_ends
 from finetune.runs import strict_json
 from finetune.runs.folder import RunFolder
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import LoggingReporter
 from finetune.training import study as study_module
-from finetune.training.study import FEW_IMAGES, VIEWS_OF_FEW, Study, is_sampled, sample_to_study, study_images
+from finetune.training.start import study_trunk
+from finetune.training.study import (
+    BELOW_IMAGES,
+    FEW_IMAGES,
+    VIEWS_OF_FEW,
+    Study,
+    is_sampled,
+    sample_to_study,
+    study_images,
+)
 from tests.training.exact_resume import write_images
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
@@ -97,6 +109,58 @@ def test_no_views_are_computed(
 ) -> None:
     study, views = look(make_table(per_class), **options)
     assert study.views == len(views) == 0
+
+
+@pytest.mark.parametrize(("looks_at", "is_better"), [("auto", True), ("auto", False), ("all", False), ("last", True)])
+def test_the_head_looks_at_all_stages_where_that_does_better(
+    looks_at: str,
+    is_better: bool,
+    backbone: Backbone,
+    make_table: Callable[[int], ImageTable],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends = stage_ends(backbone.module, backbone.stages, backbone.input_spec)
+    trunk = pooled_trunk(backbone, tuple(ends))
+
+    def solve(train: Features, **options: Any) -> Probe:
+        is_wide = train.features_ND.shape[1] == trunk.width + sum(ends.values())
+        return replace(solve_probe(train, **options), loss=0.5 if is_wide is is_better else 0.6)
+
+    monkeypatch.setattr(study_module, "solve_probe", solve)
+    table = make_table(8)
+    with TrunkPass(
+        trunk, data_root=table.root, images=len(table), device=torch.device("cpu"), reporter=LoggingReporter()
+    ) as trunk_pass:
+        found = study_images(trunk_pass, table, LABELS, seed=0, looks_at=looks_at, reporter=LoggingReporter())
+    is_wide = looks_at == "all" or (looks_at == "auto" and is_better)
+    assert found.probe is not None
+    assert found.head is not None
+    assert found.head_inputs == (tuple(ends) if is_wide else ())
+    assert found.head.weight_KD.shape[1] == trunk.width + (sum(ends.values()) if is_wide else 0)
+    assert found.probe.weight_KD.shape[1] == found.train.features_ND.shape[1] == trunk.width, "evidence is the last's"
+    assert found.baselines.probe is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "is_wide"),
+    [
+        ({}, True),
+        ({"head_stages": "last"}, False),
+        ({"head_start": "random"}, False),
+        ({"head": "knn"}, False),
+        ({"loss": "hinge"}, False),
+        ({"images": BELOW_IMAGES}, False),
+        ({"images": BELOW_IMAGES, "head_stages": "all"}, True),
+        ({"WIDEST_NUMBERS": 1000}, False),
+    ],
+    ids=str,
+)
+def test_all_stages_are_looked_at_where_that_may_pay(
+    options: dict[str, Any], is_wide: bool, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_module, "WIDEST_NUMBERS", options.pop("WIDEST_NUMBERS", 2**26))
+    images = options.pop("images", 100)
+    assert bool(study_trunk(TrainConfig(**options), backbone, images=images).outputs) is is_wide
 
 
 def test_views_are_computed_once_for_a_seed(

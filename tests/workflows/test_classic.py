@@ -153,10 +153,10 @@ def test_preset_comes_with_the_name_through_every_door(
 
 
 def test_run_of_the_first_version_is_still_loaded(flowers_run: Path, tmp_path: Path) -> None:
-    """Format 1 knew no pixel permutation."""
+    """Format 1 knew no pixel permutation and no head on several stages."""
     tensors = load_file(flowers_run / "model.safetensors")
     values = json.loads(read_metadata(flowers_run / "model.safetensors").to_json())
-    del values["input_spec"]["pixel_permutation_seed"]
+    del values["input_spec"]["pixel_permutation_seed"], values["head_inputs"]
     file = tmp_path / "model.safetensors"
     save_file(tensors, file, metadata={"finetune": json.dumps(values | {"format_number": 1})})
     assert read_metadata(file).input_spec.pixel_permutation_seed is None

@@ -217,6 +217,31 @@ def test_an_interrupted_training_is_resumed_to_the_same_bits(
     assert [json.loads(line)["epoch"] for line in epochs] == list(range(1, 21))
 
 
+def test_a_head_on_all_stages_is_saved_resumed_and_passed_on(
+    coloured: Path, tmp_path: Path, finetune: Callable[..., Any]
+) -> None:
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    options = ("--head-stages", "all", "--schedule", "constant", "--phases")
+    assert finetune("train", coloured, "--output", run, *options, "head:1,top1:1", *SMALL).code == 0
+    assert len(read_metadata(run / "model.safetensors").head_inputs) == 6
+    assert yaml.safe_load((run / "config.yaml").read_text())["head_stages"] == "all"
+    assert events(run)["features"]["computed"] == 30
+    longer = ("--phases", "head:1,top1:2", "--quiet")
+    assert finetune("train", "--output", run, "--resume", *longer).code == 0
+    assert finetune("train", coloured, "--output", straight, *options, "head:1,top1:2", *SMALL).code == 0
+    for file in ("model.safetensors", "checkpoints/step-*/model.safetensors"):
+        one, two = (load_file(max(folder.glob(file))) for folder in (run, straight))
+        assert all((one[name] == two[name]).all() for name in one)
+    predicted = finetune("predict", run, coloured / "1", "--format", "json", "--quiet")
+    assert predicted.code == 0, predicted.err
+    assert finetune("evaluate", run, coloured, "--quiet").code == 0
+    assert finetune("predict", run, coloured / "1" / "0.png", "--dense", "--quiet").code == 0
+    refused = finetune("train", "--output", run, "--resume", "--head-stages", "last")
+    assert (refused.code, "--head-stages was 'all' and is 'last'" in refused.err) == (4, True)
+    passed_on = ("--weights", run / "model.safetensors", "--feature-extract", "--head-stages", "last")
+    assert finetune("train", coloured, "--output", tmp_path / "next", *passed_on, *SMALL).code == 0
+
+
 def test_a_resume_refuses_other_options_and_other_images(
     coloured: Path, tmp_path: Path, finetune: Callable[..., Any]
 ) -> None:

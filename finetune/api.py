@@ -98,6 +98,7 @@ def train(
     require_tracker(asked.tracker)
     processes = join_processes(asked.device)
     reporter = _voice(reporter, processes)
+    began = float(processes.first("began", str(began)))
     with (
         opened_run(asked, processes) as (whole, listing, run),
         deterministic_algorithms(is_asked=whole.deterministic),

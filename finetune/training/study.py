@@ -86,8 +86,8 @@ def study_images(
     start from if its loss is less in the cross-validation.
 
     Args:
-        trunk_pass: Gives the pooled features; several processes share it, and those of one machine also the folds of
-            the probe where there is much to solve.
+        trunk_pass: Gives the pooled features; several processes share it, and the folds of the probe where there is
+            much to solve.
         table: The images, split.
         label_map: Gives each label its class index.
         looks_at: What the probe to start from looks at: the "last" stage or "all"; "auto" compares, and with "none" no
@@ -141,10 +141,9 @@ def study_images(
 
 
 def _solve(train: Features, views: Sequence[Array], *, processes: Processes, **options: Any) -> Probe:
-    """Solve the probe, in the main process, or with the folds shared among those of one machine."""
+    """Solve the probe, in the main process, or with the folds shared where there is much to solve."""
     solve = partial(solve_probe, train, views=views, **options)
-    is_one_machine = processes.local_count == processes.count
-    if is_one_machine and are_folds_shared(len(train) * (1 + len(views)), options["class_count"]):
+    if are_folds_shared(len(train) * (1 + len(views)), options["class_count"]):
         shared = solve(processes=processes)
         return processes.from_main(lambda: shared)
     return processes.from_main(solve)

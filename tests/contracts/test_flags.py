@@ -9,7 +9,7 @@ from finetune.config import OPTION_NAMES, PRESETS, TrainConfig, preset
 
 PINNED = """
 data output overwrite resume seed label_names valid_fraction folds allow_bad_images model use_pretrained weights head
-image_size channels shuffle_pixels scenario feature_extract head_start boundary_cache views augmentation
+image_size channels shuffle_pixels scenario feature_extract head_start head_stages boundary_cache views augmentation
 random_erasing mixup cutmix phases epochs budget batch_size gradient_accumulation optimizer momentum learning_rate
 trunk_learning_rate depth_ratio weight_decay schedule warmup_epochs step_epochs step_factor patience max_grad_norm
 averaging ema_decay label_smoothing loss imbalance tracker device precision sync_batch_norm

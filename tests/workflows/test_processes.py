@@ -15,10 +15,14 @@ from typing import Any
 
 import psutil
 import pytest
+from torch.distributed import HashStore
 
+from finetune import api
 from finetune.cli.main import main
+from finetune.errors import ConfigError
 from finetune.runs.cache_folder import list_cache
 from finetune.runs.folder import RunFolder
+from finetune.runs.processes import Processes
 from tests.training.exact_resume import write_images
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -407,6 +411,21 @@ def test_two_machines_train_as_one_does(data: Path, tmp_path: Path, monkeypatch:
         monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / f"cache-{rank}"))
         kept = [each for each in list_cache() if each.kind == "activations"]
         assert sum(each.rows for each in kept) >= 43, "each has the features of all images"
+
+
+def test_a_budget_goes_on_running_when_its_job_is_restarted(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = HashStore()
+    monkeypatch.setattr(api, "join_processes", lambda device: Processes(store=store))
+    options = {"model": "lenet5", "scenario": "large-different", "epochs": 1, "workers": 0, "overwrite": True}
+    api.train(data, output=tmp_path / "run", budget="10m", **options)
+    began = float(store.get("began, rank 0"))
+    assert 0 < time.monotonic() - began < 600
+    store.set("began, rank 0", str(began - 1000))  # this job has been restarted after a while
+    store.delete_key("run folder")
+    with pytest.raises(ConfigError, match="--budget 600s does not do: to start took 100"):
+        api.train(data, output=tmp_path / "run", budget="10m", **options)
 
 
 @pytest.mark.slow

@@ -66,11 +66,12 @@ def stamps(tmp_path_factory: pytest.TempPathFactory, load_script: Callable[[str]
 
 @pytest.fixture(scope="session")
 def flowers_run(tmp_path_factory: pytest.TempPathFactory, flowers: Path) -> Path:
-    """A finished run on the flowers, made by the command line."""
+    """A finished run on the flowers, made by the command line; its head looks at all stages."""
     from finetune.cli.main import main
 
     run = tmp_path_factory.mktemp("runs") / "flowers"
-    assert main(["train", str(flowers), "--feature-extract", "--output", str(run), "--quiet"]) == 0
+    options = ["--feature-extract", "--head-stages", "all", "--quiet"]
+    assert main(["train", str(flowers), *options, "--output", str(run)]) == 0
     return run
 
 

@@ -21,8 +21,8 @@ NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, n
 class Trunk:
     """The first `frozen` stages of `backbone` as `module`, images (B, C, H, W) → one tensor (B, …) or a tuple of them.
 
-    `is_pooled` says that it gives the feature vectors (B, D) that enter the output layer, `outputs` at which modules
-    the pooled ones behind them are taken.
+    `is_pooled` says that it gives the feature vectors (B, D) that enter the output layer. `outputs` are the modules at
+    which the head looks besides; it gives what is pooled of them too.
     """
 
     backbone: Backbone
@@ -105,4 +105,6 @@ def boundary_trunk(backbone: Backbone, cut: Cut, frozen: int) -> Trunk:
         crossing, features_1D = cut.trunk(image_1CHW), pooled.module(image_1CHW)
         if len(crossing) == 1 and torch.equal(crossing[0], features_1D):
             return pooled
-    return Trunk(backbone=backbone, module=cut.trunk, frozen=frozen, is_pooled=False)
+    return Trunk(
+        backbone=backbone, module=cut.trunk, frozen=frozen, is_pooled=False, outputs=head_inputs(backbone.module)
+    )

@@ -75,10 +75,10 @@ def test_the_ending_decides_on_the_picture(finetune: Callable[..., Any], tmp_pat
 def test_a_run_is_the_trained_network_with_what_it_froze(finetune: Callable[..., Any], flowers_run: Path) -> None:
     document = json.loads(finetune("inspect", flowers_run, "--format", "json").out)
     states = {layer["name"]: layer["state"] for layer in document["layers"] if layer["state"] != "-"}
-    assert states.pop("classifier") == "learning"
+    assert states.pop("classifier.1") == "learning"
     assert set(states.values()) == {"frozen"}
     assert document["layers"][-1]["output_shape"] == [6]
-    assert document["learning"] == 1281 * 6
+    assert document["learning"] == 1745 * 6
     table = finetune("inspect", flowers_run / "model.safetensors", "--image-size", "128").out
     assert "frozen" in table
     assert "input 3×128×128" in table

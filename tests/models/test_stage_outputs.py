@@ -90,6 +90,16 @@ def test_it_can_be_cut_at_every_boundary_and_only_vectors_cross_beside_the_map(
     assert boundary_trunk(backbone, cut_model(backbone.module, backbone.stages, last), last).is_pooled
 
 
+def test_what_is_kept_at_a_boundary_is_kept_apart_from_that_of_a_head_on_the_last_stage() -> None:
+    backbone, images_BCHW = build("timm/test_resnet")
+    keys = [boundary_trunk(backbone, cut_model(backbone.module, backbone.stages, 3), 3).key()]
+    keys.append(pooled_trunk(backbone).key())
+    widen(backbone, images_BCHW)
+    keys.append(boundary_trunk(backbone, cut_model(backbone.module, backbone.stages, 3), 3).key())
+    keys.append(pooled_trunk(backbone).key())
+    assert all(keys.count(key) == 1 for key in keys)
+
+
 def test_a_copy_looks_at_its_own_stages(wide: tuple[Backbone, Tensor, Tensor]) -> None:
     backbone, images_BCHW, _ = wide
     twin = copy.deepcopy(backbone.module)

@@ -137,21 +137,25 @@ class TestRefused:
 
     def test_extra_and_missing_keys(self, flowers_run: Path, tmp_path: Path) -> None:
         file = self.changed(
-            flowers_run, tmp_path, **{"strange.weight": torch.ones(1), "classifier.bias": torch.ones(0)}
+            flowers_run, tmp_path, **{"strange.weight": torch.ones(1), "classifier.1.bias": torch.ones(0)}
         )
         with pytest.raises(ModelError) as caught:
             finetune.load(file)
         assert "strange.weight" in str(caught.value)
-        assert "classifier.bias" in str(caught.value)
+        assert "classifier.1.bias" in str(caught.value)
 
     def test_a_head_of_another_size(self, flowers_run: Path, tmp_path: Path) -> None:
-        file = self.changed(flowers_run, tmp_path, **{"classifier.weight": torch.ones(5, 1280)})
-        with pytest.raises(ModelError, match=r"classifier\.weight.*5, 1280"):
+        width = 1744  # of all stages of the default network
+        file = self.changed(flowers_run, tmp_path, **{"classifier.1.weight": torch.ones(5, width)})
+        with pytest.raises(ModelError, match=rf"classifier\.1\.weight.*5, {width}"):
+            finetune.load(file)
+        file = self.changed(flowers_run, tmp_path, **{"classifier.1.weight": torch.ones(6, 1280)})
+        with pytest.raises(ModelError, match="its head looks at stages that the network does not have"):
             finetune.load(file)
 
     def test_weights_that_are_no_numbers(self, flowers_run: Path, tmp_path: Path) -> None:
-        file = self.changed(flowers_run, tmp_path, **{"classifier.bias": torch.full((6,), torch.nan)})
-        with pytest.raises(ModelError, match=r"classifier\.bias"):
+        file = self.changed(flowers_run, tmp_path, **{"classifier.1.bias": torch.full((6,), torch.nan)})
+        with pytest.raises(ModelError, match=r"classifier\.1\.bias"):
             finetune.load(file)
 
     @pytest.mark.parametrize("name", ["os.system", "../evil", "https://example.org/model", "builtins.eval"])

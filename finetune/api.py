@@ -48,6 +48,7 @@ from finetune.runs.records import FailedPrediction, Prediction
 from finetune.runs.reporting import LoggingReporter, Reporter, SilentReporter
 from finetune.server.watch import watch_server  # noqa: F401 (a verb as it is)
 from finetune.training.assemble import assemble, seed_everything
+from finetune.training.budget import first_began
 from finetune.training.folds import train_folds
 from finetune.training.opening import list_data, opened_run, require_outside
 from finetune.training.rate_finder import RateSweep, sweep_rates
@@ -98,7 +99,7 @@ def train(
     require_tracker(asked.tracker)
     processes = join_processes(asked.device)
     reporter = _voice(reporter, processes)
-    began = float(processes.first("began", str(began)))
+    began = first_began(began, processes)
     with (
         opened_run(asked, processes) as (whole, listing, run),
         deterministic_algorithms(is_asked=whole.deterministic),

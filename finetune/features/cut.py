@@ -222,7 +222,7 @@ def _describe(twin: nn.Module, stages: Sequence[Stage], graphs: Mapping[bool, fx
         for node in graph.nodes:
             # Equal steps take equal inputs to the same function; the second of two in a graph is not the first.
             arguments = fx.map_arg((node.args, _in_eval(node)), lambda source: f"%{steps[source].value}")
-            what = (node.op, node.target, repr(arguments))
+            what = (node.op, _constant(twin, node) or node.target, repr(arguments))
             occurrences[what] += 1
             is_by_size = _is_size(node) or all(steps[source].is_by_size for source in node.all_input_nodes)
             steps[node] = _Step(
@@ -243,7 +243,7 @@ def _split(traced: _Traced, count: int) -> tuple[_Part, _Part]:
         for mode, graph in traced.graphs.items()
     }
     crossing = {
-        steps[source].value: source.name
+        steps[source].value: f"{source.name}_{steps[source].value}"  # one name may be two steps, one in either graph
         for mode, nodes in outsides.items()
         for source in chain.from_iterable(_sources(node, steps) for node in nodes)
         if source in insides[mode]
@@ -333,6 +333,14 @@ def _split_at_output_layer(model: nn.Module) -> tuple[nn.Module, _Part]:
         value = graph.call_module(path, (value,))
     graph.output(value)
     return Listener(twin_of(model), paths[0], paths[-1]), _Part(model, {True: graph, False: graph}, constants=model)
+
+
+def _constant(twin: nn.Module, node: fx.Node) -> str:
+    """Return what tells a tensor apart that the forward makes of numbers; nothing for other steps."""
+    if node.op != "get_attr" or not str(node.target).startswith("_tensor_constant"):
+        return ""
+    tensor = getattr(twin, str(node.target))
+    return f"{tensor.dtype} {tensor.tolist()}"
 
 
 def _is_placed(twin: nn.Module, node: fx.Node) -> bool:

@@ -30,8 +30,6 @@ Measured by tests/benchmarks/probe_penalties.py, on images that no result is rep
 gains 2 to 4 points where features were learned on other pictures than these, and nothing on photographs.
 """
 FOLDS = 5
-CHOSEN_ON = 20_000
-"""Images that the strength is chosen on, of more than so many; tests/benchmarks/probe_strength.py compares."""
 FOLD_TOLERANCE = 2e-6  # an image: the log loss is right to about 3e-4 then, which is enough to compare strengths by
 FINE_LOSS = 0.1  # nats; where the log loss is greater, its error may be so in proportion
 MOST_FOLD_NUMBERS = 2**28
@@ -142,8 +140,8 @@ def solve_probe(
     The penalty is on weights in the basis of `Axes.within`: what differs between images of one class, light or pose, is
     held against a direction, as in linear discriminant analysis (Fisher 1936), of which this is the regularised kin.
 
-    Regularisation is chosen by the log loss in a stratified cross-validation of CHOSEN_ON images at most: unlike the
-    accuracy it still tells strengths apart when all are right, and its minimum gives honest probabilities.
+    Regularisation is chosen by the log loss in a stratified cross-validation: unlike the accuracy it still tells
+    strengths apart when all are right, and its minimum gives honest probabilities.
 
     Args:
         train: Features of the training images.
@@ -171,7 +169,8 @@ def solve_probe(
         image_weights_BN=torch.tensor(image_weights_N[None], dtype=torch.float32, device=device),
         class_count=class_count,
     )
-    best = _chosen_trial(problem, axes, train.class_indices_N, copies=copies, seed=seed, processes=processes)
+    held_out_FN = torch.from_numpy(_held_out(train.class_indices_N, seed)).to(device)
+    best = _best_trial(problem, axes, held_out_FN, copies=copies, processes=processes) if len(held_out_FN) else None
     strength, start_1KR = (best.strength, _between(best.weight_FKR)) if best else (USUAL_STRENGTH, problem.start())
     weight_1KR = solve(problem, strength=strength, start_BKR=start_1KR)
     weight_KD, bias_K = axes.raw_head(_settle(weight_1KR)[0] @ basis_RR.T)
@@ -183,28 +182,6 @@ def solve_probe(
         spread=float(best.accuracy_F.std()) if best else None,
         loss=float(best.loss_F.mean()) if best else None,
     )
-
-
-def _chosen_trial(
-    problem: Problems, axes: Axes, class_indices_N: Array, *, copies: int, seed: int, processes: Processes
-) -> _Trial | None:
-    """Return the strength that cross-validates best; None where nothing can be held out.
-
-    `class_indices_N` are those of the images without their copies.
-    """
-    if copies == 1 and len(class_indices_N) > CHOSEN_ON:
-        parts = math.ceil(len(class_indices_N) / CHOSEN_ON)
-        chosen = np.flatnonzero(deal_folds(class_indices_N, fold_count=parts, seed=seed) == 0)
-        chosen_M, class_indices_N = torch.from_numpy(chosen).to(problem.class_indices_N.device), class_indices_N[chosen]
-        axes = replace(axes, features_NR=axes.features_NR[chosen_M])
-        problem = replace(
-            problem,
-            features_BNR=problem.features_BNR[:, chosen_M],
-            class_indices_N=problem.class_indices_N[chosen_M],
-            image_weights_BN=problem.image_weights_BN[:, chosen_M],
-        )
-    held_out_FN = torch.from_numpy(_held_out(class_indices_N, seed)).to(problem.class_indices_N.device)
-    return _best_trial(problem, axes, held_out_FN, copies=copies, processes=processes) if len(held_out_FN) else None
 
 
 def find_axes(features_ND: Array, device: torch.device) -> Axes:
@@ -258,7 +235,7 @@ def are_folds_shared(images: int, class_count: int) -> bool:
 
     They do where one fold is solved at a time anyway, so that the bits are those of one process.
     """
-    return min(images, CHOSEN_ON) * class_count > MOST_LOGITS // 2
+    return images * class_count > MOST_LOGITS // 2
 
 
 def _best_trial(problem: Problems, axes: Axes, held_out_FN: Tensor, *, copies: int, processes: Processes) -> _Trial:

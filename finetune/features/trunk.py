@@ -21,8 +21,8 @@ NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, n
 class Trunk:
     """The first `frozen` stages of `backbone` as `module`, images (B, C, H, W) → one tensor (B, …) or a tuple of them.
 
-    `is_pooled` says that it gives the feature vectors (B, D) that enter the output layer. `outputs` are the modules at
-    which the head looks besides; it gives what is pooled of them too.
+    `is_pooled` says that it gives the feature vectors (B, D) that enter the output layer. Of the modules `outputs` it
+    gives what is pooled too, for a head that looks at them; behind the vectors in that case.
     """
 
     backbone: Backbone
@@ -90,20 +90,22 @@ def pooled_trunk(backbone: Backbone, outputs: tuple[str, ...] = ()) -> Trunk:
     )
 
 
-def boundary_trunk(backbone: Backbone, cut: Cut, frozen: int) -> Trunk:
+def boundary_trunk(backbone: Backbone, cut: Cut, frozen: int, *, kept_outputs: tuple[str, ...] = ()) -> Trunk:
     """Return the trunk of `cut`, the first `frozen` stages; the pooled trunk where no more than its features crosses.
+
+    That one gives the `kept_outputs` too, behind the `width` numbers that cross: with them its features are kept.
 
     Raises:
         ModelError: What crosses is other than tensors with a row for each image.
     """
     if frozen == len(backbone.stages) - 1:
-        pooled, spec = pooled_trunk(backbone), backbone.input_spec
+        pooled, spec = pooled_trunk(backbone, kept_outputs), backbone.input_spec
         device = next(backbone.module.parameters()).device
         image_1CHW = torch.linspace(-1, 1, spec.channels * spec.image_size_px**2, device=device).view(
             1, spec.channels, spec.image_size_px, spec.image_size_px
         )
         crossing, features_1D = cut.trunk(image_1CHW), pooled.module(image_1CHW)
-        if len(crossing) == 1 and torch.equal(crossing[0], features_1D):
+        if len(crossing) == 1 and torch.equal(crossing[0], features_1D[:, : pooled.width]):
             return pooled
     return Trunk(
         backbone=backbone, module=cut.trunk, frozen=frozen, is_pooled=False, outputs=head_inputs(backbone.module)

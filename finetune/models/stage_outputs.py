@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import skip_init
 
 from finetune.errors import ModelError
@@ -25,6 +26,7 @@ from finetune.models.twins import twin_of
 from finetune.runs.records import InputSpec
 
 NORM_EPS = 1e-5  # added to the variance
+NOT_AN_END = (_BatchNorm, _DropoutNd)
 
 
 class StageOutputs(nn.Module):
@@ -42,6 +44,10 @@ class StageOutputs(nn.Module):
         """Take the output of the module at `path` for the pass that is going on."""
         self._kept[threading.get_ident(), path] = pool(output)
 
+    def forget(self) -> None:
+        """Let go of what a pass has left that did not come to its end."""
+        self._kept.clear()
+
     def forward(self, features_BD: Tensor, *pooled: Tensor) -> Tensor:
         """Return all side by side, (B, E); `pooled` are the outputs where no hooks can keep them."""
         kept = [self._kept.pop((threading.get_ident(), path), None) for path in self.paths]
@@ -55,7 +61,8 @@ def pool(output: Tensor) -> Tensor:
     1607.06450).
 
     Args:
-        output: A map of a square image, (B, C, H, W) or (B, H, W, C), tokens (B, T, C) or vectors (B, C).
+        output: A map of a square image, (B, C, H, W) or (B, H, W, C), tokens (B, T, C) or vectors (B, C). A map with as
+            many channels as rows and columns is taken for the former.
     """
     if output.ndim == 4:
         output = output.mean(dim=(2, 3) if output.shape[2] == output.shape[3] else (1, 2))
@@ -77,11 +84,15 @@ def stage_ends(model: nn.Module, stages: Sequence[Stage], input_spec: InputSpec)
     shape = (2, input_spec.channels, input_spec.image_size_px, input_spec.image_size_px)
     images_BCHW = torch.linspace(-1, 1, torch.Size(shape).numel(), device=device).view(shape)
     given: dict[str, Tensor] = {}
+    maps: set[str] = set()  # and tokens: a vector behind them says the same again
     entering: list[Tensor] = []
 
     def keep(path: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim in (2, 3, 4) and len(output) == len(images_BCHW):
+        is_tensor = isinstance(output, Tensor) and output.ndim in (2, 3, 4) and len(output) == len(images_BCHW)
+        if is_tensor and not (output.ndim == 4 and len(set(output.shape[1:])) == 1):  # where are its channels?
             given[path] = pool(output)
+            if output.ndim > 2:
+                maps.add(path)
 
     for stage in stages[1:-1]:
         for path in stage.modules:
@@ -91,10 +102,11 @@ def stage_ends(model: nn.Module, stages: Sequence[Stage], input_spec: InputSpec)
         twin(images_BCHW)
     ends = {}
     for stage in stages[1:-1]:
-        # Not behind a norm: it gives way when it is folded into the convolution before it.
-        candidates = [path for path in stage.modules if not isinstance(model.get_submodule(path), _BatchNorm)]
-        end = next((path for path in reversed(candidates) if path in given), None)
-        if stage.is_body and end and not _is_same(given[end], entering[0]):
+        # Not behind a norm, which gives way when it is folded into the convolution before it, nor behind a dropout.
+        candidates = [path for path in stage.modules if not isinstance(model.get_submodule(path), NOT_AN_END)]
+        is_last = any(path in given and _is_same(given[path], entering[0]) for path in stage.modules)
+        end = next((path for path in reversed(candidates) if path in maps), None)
+        if stage.is_body and end and not is_last:
             ends[end] = given[end].shape[1]
     return ends
 
@@ -130,7 +142,7 @@ def attach_saved_stage_outputs(
             raise ValueError(f"no {', '.join(sorted(missing)) or 'such output layer'}")
         attach_stage_outputs(model, paths, width=weight_KE.shape[1])
         push_shapes(model, input_spec)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
             f"{source}: its head looks at stages that the network does not have: {str(error).partition(chr(10))[0]}",
             "take another copy of the file",

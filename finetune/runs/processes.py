@@ -100,17 +100,10 @@ class Processes:
 
     def recall(self, name: str) -> str | None:
         """Return what this job has kept under `name` before it was restarted."""
-        if self.store is None or not self.store.check([name]):
+        is_restarted = os.environ.get(RESTARTS, "0") != "0"
+        if self.store is None or not is_restarted or not self.store.check([name]):
             return None
         return str(self.store.get(name).decode())
-
-    def first(self, name: str, text: str) -> str:
-        """Return what this process has said first under `name`, before its job was restarted; `text` if nothing."""
-        own = f"{name}, rank {self.rank}"
-        said = self.recall(own)
-        if said is None:
-            self.remember(own, text)
-        return text if said is None else said
 
     def from_main(self, work: Callable[[], T]) -> T:
         """Let the main process do `work` and return to all what it made.

@@ -294,7 +294,7 @@ def _network(config: TrainConfig, listing: Listing, device: torch.device, *, is_
 
 def _saved_plans(config: TrainConfig, saved: list[dict[str, Any]], names: Sequence[str]) -> tuple[Plan, ...]:
     """Return the plans that were followed, the last of them with as many epochs as make up those now asked for."""
-    texts = ("frozen_stages", "head_inputs")  # JSON has no tuples
+    texts = ("frozen_stages", "head_inputs", "kept_outputs")  # JSON has no tuples
     *plans, last = (Plan(**values | {name: tuple(values[name]) for name in texts}) for values in saved)
     if config.epochs != "auto":
         fewest = 1 if config.phases else 0

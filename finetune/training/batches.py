@@ -77,7 +77,7 @@ def build_batches(
         precision = resolve_precision(config.precision, device, backbone.module)
         cut = cut_model(backbone.module, backbone.stages, len(plan.frozen_stages))
         datasets = activation_datasets(
-            boundary_trunk(backbone, cut, len(plan.frozen_stages)),
+            boundary_trunk(backbone, cut, len(plan.frozen_stages), kept_outputs=plan.kept_outputs),
             table,
             label_map,
             views=[View(augmentation=config.augmentation, seed=config.seed, number=n) for n in range(plan.views)],

@@ -167,11 +167,20 @@ class ActivationDataset(Dataset[Batch]):
         table: The images of one split, all of them in every one of `caches`.
         label_map: Gives each label its class index.
         caches: One for each view; an epoch reads the view whose turn it is.
+        width: How many numbers of each row cross, the first, where more are kept.
     """
 
-    def __init__(self, table: ImageTable, label_map: LabelMap, *, caches: Sequence[ActivationCache]) -> None:
+    def __init__(
+        self,
+        table: ImageTable,
+        label_map: LabelMap,
+        *,
+        caches: Sequence[ActivationCache],
+        width: int | None = None,
+    ) -> None:
         self.table = table
         self.caches = caches
+        self.width = width
         self.class_indices = table.class_indices(label_map)
         self._class_indices_N = torch.from_numpy(self.class_indices)
         self._held: dict[int, tuple[torch.Tensor, ...] | None] = {}
@@ -215,7 +224,7 @@ class ActivationDataset(Dataset[Batch]):
     def _row(self, view: int, index: int) -> tuple[torch.Tensor, ...]:
         """Return what crosses for one view of one image, as it is kept."""
         arrays = present(self.caches[view].get(self.table.rows[index].sha256))
-        return tuple(torch.from_numpy(array.copy()) for array in arrays)
+        return tuple(torch.from_numpy(array[: self.width].copy()) for array in arrays)
 
 
 def activation_datasets(
@@ -254,5 +263,6 @@ def activation_datasets(
             ) as trunk_pass:
                 trunk_pass.fill(part, reporter)
             caches.append(trunk_pass.cache)
-        datasets[split] = ActivationDataset(part, label_map, caches=caches)
+        width = trunk.width if trunk.is_pooled else None
+        datasets[split] = ActivationDataset(part, label_map, caches=caches, width=width)
     return datasets

@@ -31,6 +31,15 @@ SIZE_STEP_PX = 32  # by which most networks divide the side of an image
 FORWARDS_AN_EPOCH = 3  # forward and backward of everything take about as long as three times forward
 
 
+def first_began(began: float, processes: Processes) -> float:
+    """Return when a job began, by time.monotonic(), if a launcher has restarted it; else that it `began` now."""
+    name, now = f"began, rank {processes.rank}", time.time() - time.monotonic()  # another machine counts otherwise
+    if said := processes.recall(name):
+        return float(said) - now
+    processes.remember(name, str(began + now))
+    return began
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pace:
     """What an epoch takes in seconds: the first, in which images are decoded, and a later one, with its validation.

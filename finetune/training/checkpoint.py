@@ -28,7 +28,7 @@ from finetune.training.step import Learner
 
 Tensors = dict[str, torch.Tensor]
 
-FORMAT_NUMBER = 4
+FORMAT_NUMBER = 5
 SAVE_EVERY_SECONDS = 600.0
 TRAINING_PER_SAVE = 30  # seconds that must go by after a save for each second that it took
 KEPT = 2  # newest saves kept, beside the best

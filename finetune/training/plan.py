@@ -52,6 +52,8 @@ class Plan:
     """What the rates are multiplied by in this phase."""
     head_inputs: tuple[str, ...] = ()
     """Modules at whose outputs the head looks, beside the features of the last stage."""
+    kept_outputs: tuple[str, ...] = ()
+    """Modules whose outputs were kept with the features when the network was studied."""
 
 
 def make_plan(

@@ -59,21 +59,20 @@ def is_studied_by_sample(config: TrainConfig, backbone: Backbone, *, images: int
 
 
 def study_trunk(config: TrainConfig, backbone: Backbone, *, images: int) -> Trunk:
-    """Return what so many images are studied by: the pooled features, and where it may pay the outputs of all stages.
+    """Return what so many images are studied by: the pooled features, and of not too many the outputs of all stages.
+
+    These are had for nothing, and kept together whatever the head will look at.
 
     Raises:
         ModelError: `head_stages` is "all", and there is nothing else to look at than the features.
     """
-    is_solved = config.head != "knn" and config.head_start == "probe" and config.loss == "cross-entropy"
-    if config.head_stages == "last" or not is_solved:
-        return pooled_trunk(backbone)
     ends = stage_ends(backbone.module, backbone.stages, backbone.input_spec)
     if config.head_stages == "all" and not ends:
         raise ModelError(
             f"--head-stages all: {backbone.name} has no other stages that a head could look at", "leave it out"
         )
     trunk = pooled_trunk(backbone)
-    if config.head_stages == "auto" and not may_look_at_all(images, width=trunk.width + sum(ends.values())):
+    if config.head_stages != "all" and not may_look_at_all(images, width=trunk.width + sum(ends.values())):
         return trunk
     return pooled_trunk(backbone, tuple(ends))
 
@@ -91,13 +90,15 @@ def ask_network(
     """Ask the frozen network about the images, or a sample of very many; return what it says and what that is worth."""
     train_N = table.select("train").class_indices(label_map)
     has_body = len(backbone.stages) > 1
+    is_solved = config.loss == "cross-entropy" and config.head_start == "probe"
+    looks_at = config.head_stages if is_solved and _requested(config) != "large-different" else "last"
     is_probed = config.head != "knn" and (has_body or config.loss == "cross-entropy")
     is_part = is_studied_by_sample(config, backbone, images=len(train_N), classes=len(label_map))
     study = study_images(
         trunk_pass,
         sample_to_study(table, seed=config.seed) if is_part else table,
         label_map,
-        looks_at=config.head_stages if is_probed else "none",
+        looks_at=looks_at if is_probed else "none",
         augmentation="none" if is_part or config.budget else config.augmentation,
         class_weights_K=_class_weights(config, train_N, len(label_map)),
         seed=config.seed,
@@ -148,12 +149,14 @@ def start_network(
             config, backbone, table, label_map, trunk_pass=trunk_pass, processes=processes, reporter=reporter
         )
         baselines = replace(study.baselines, majority=baselines.majority)
-        _tell_what_the_head_sees(study, reporter)
     advice = choose(evidence, requested=None if requested == "auto" else requested, has_body=has_body)
     frozen = frozen_count(advice.scenario, backbone.module, backbone.stages, images_per_class=evidence.images_per_class)
     plan = _plan(config, backbone, advice.scenario, frozen, len(train_N), processes=processes, reporter=reporter)
+    if trunk_pass:
+        plan = replace(plan, kept_outputs=trunk_pass.trunk.outputs)
     if study and plan.head_start == "probe":
         plan = replace(plan, head_inputs=study.head_inputs)
+        _tell_what_the_head_sees(study, reporter)
     if config.head_stages == "all" and not plan.head_inputs:
         raise ConfigError(
             f"--head-stages all needs a head that is solved, and scenario {advice.scenario} starts from a random one",
@@ -175,7 +178,7 @@ def start_network(
             run.record("features", trunk_pass.summary())
         run.record("baseline", baselines.to_json())
         if study and study.head:
-            sees = {"views": study.views, "head_inputs": list(study.head_inputs), "head_start": plan.head_start}
+            sees = {"views": study.views, "head_inputs": list(plan.head_inputs), "head_start": plan.head_start}
             run.record("probe", {**study.head.summary(), **sees})
     _tell(reporter, baselines, advice.scenario, advice.reason)
     return plans

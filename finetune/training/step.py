@@ -20,6 +20,7 @@ from finetune.data.dataset import Draft
 from finetune.data.loaders import readable
 from finetune.errors import DivergedError, first_ten
 from finetune.models.device import as_inputs, resolve_device
+from finetune.models.stage_outputs import find_stage_outputs
 from finetune.runs.processes import ALONE, Processes
 from finetune.runs.reporting import LoggingReporter, Reporter
 from finetune.training.mixing import Mix
@@ -337,6 +338,8 @@ def _snapshot(learner: Learner) -> Callable[[], None]:
 
 def _halve_parts(learner: Learner) -> None:
     learner.optimizer.zero_grad()
+    if attached := find_stage_outputs(learner.trained):
+        attached[1].forget()
     clear_device_cache(garbage_collection=True)
     learner.parts *= 2
     learner.reporter.warn(

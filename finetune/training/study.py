@@ -28,7 +28,7 @@ Chosen by tests/benchmarks/probe_views.py, as the kinds of views are.
 GENTLE: tuple[Augmentation, ...] = ("light", "affine")  # of the others, none gains by it
 MOST_VIEWED_CLASSES = 1_000  # of more, the numbers that the probe is solved with would take gigabytes
 BELOW_IMAGES, WIDEST_NUMBERS = 20_000, 2**26
-"""Of fewer training images, and of a quarter of a gigabyte of features at most, the probe may look at all stages.
+"""Of fewer images, and of a quarter of a gigabyte of features at most, the probe may look at all stages.
 
 Of more images fine-tuning makes more than that does. tests/benchmarks/probe_stages.py shows what it gains.
 """
@@ -155,7 +155,7 @@ def _accuracy(head: Probe, held_back: Features) -> float:
 
 
 def may_look_at_all(images: int, *, width: int) -> bool:
-    """Tell whether so many training images, with so many numbers of all stages each, get a probe on all."""
+    """Tell whether so many images, with so many numbers of all stages each, get a probe on all."""
     return images < BELOW_IMAGES and images * width <= WIDEST_NUMBERS
 
 

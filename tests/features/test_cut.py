@@ -421,6 +421,34 @@ def test_trunk_refuses_what_has_no_row_for_each_image() -> None:
     assert_whole(model, stages, 2, torch.randn(2, 3, 8, 8))
 
 
+def test_a_constant_is_the_same_step_in_both_modes_under_whatever_name() -> None:
+    """torch.fx numbers the tensors that a forward makes; this one makes another before it in train mode."""
+
+    class Constants(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.body, self.fc = nn.Conv2d(3, 4, 2, 2), nn.Conv2d(4, 4, 1), nn.Linear(4, 5)
+
+        def forward(self, images_BCHW: Tensor) -> Tensor:
+            scale = torch.tensor([0.5]) if self.training else 1.0
+            maps_BCHW = self.body(self.stem(images_BCHW) * torch.tensor([2.0]))
+            return self.fc(maps_BCHW.mean((2, 3)) * scale)
+
+    model = Constants()
+    stages = tuple(
+        Stage(name=name, modules=(module,), tensors=(), is_body=name != "head")
+        for name, module in (("stem", "stem"), ("body", "body"), ("head", "fc"))
+    )
+    images_BCHW = torch.randn(2, 3, 8, 8)
+    for count in (1, 2):
+        cut = cut_model(model, stages, count)
+        assert len(cut.trunk(images_BCHW)) == 1
+        for is_training in (True, False):
+            model.train(is_training)
+            cut.rest.train(is_training)
+            assert torch.equal(cut.rest(*cut.trunk(images_BCHW)), model(images_BCHW))
+
+
 @pytest.mark.parametrize("count", [-1, 0, 5])
 def test_count_out_of_range_is_our_own_mistake(count: int) -> None:
     model, stages, _ = build("lenet5")

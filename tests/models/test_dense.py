@@ -196,9 +196,8 @@ def test_a_head_on_all_stages_sees_their_maps_side_by_side(name: str) -> None:
 
 def test_a_head_on_a_vector_gives_no_map() -> None:
     backbone = build_backbone("lenet5", num_classes=3)
-    ends = stage_ends(backbone.module, backbone.stages, backbone.input_spec)
-    attach_stage_outputs(backbone.module, tuple(ends), width=84 + sum(ends.values()))
-    load_linear_head(backbone.module, torch.randn(3, 84 + sum(ends.values())), torch.zeros(3))
+    attach_stage_outputs(backbone.module, ("flatten",), width=84 + 120)
+    load_linear_head(backbone.module, torch.randn(3, 84 + 120), torch.zeros(3))
     with pytest.raises(ModelError, match=r"flatten \(Flatten\), which gives no map"):
         to_dense(backbone.module.eval(), (1, 32, 32))
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.errors import ModelError
 from finetune.features.cut import cut_model, possible_cuts
@@ -21,6 +21,9 @@ from finetune.models.stage_outputs import (
     pool,
     stage_ends,
 )
+from finetune.training import step
+from finetune.training.schedules import Schedule
+from finetune.training.step import Learner, train_step
 
 NETWORKS = ("efficientnet_lite0", "timm/test_resnet", "timm/test_vit", "timm/test_convnext", "swin_t", "lenet5")
 
@@ -153,6 +156,48 @@ def test_what_gives_the_features_alone_is_not_looked_at_twice() -> None:
     ends = stage_ends(backbone.module, backbone.stages, backbone.input_spec)
     assert list(ends) == ["layer1", "layer2", "layer3"], "neither the stem nor layer4"
     assert find_stage_outputs(backbone.module) is None
+
+
+@pytest.mark.parametrize("name", ["lenet5", "alexnet"])
+def test_maps_are_looked_at_and_no_vectors_and_nothing_behind_a_dropout(name: str) -> None:
+    backbone, _ = build(name)
+    ends = stage_ends(backbone.module, backbone.stages, backbone.input_spec)
+    assert len(ends) >= 2
+    for path in ends:
+        assert not isinstance(backbone.module.get_submodule(path), nn.Dropout | nn.Flatten)
+
+
+def test_a_map_whose_channels_cannot_be_told_is_left_out() -> None:
+    """Of 384 px this transformer makes 96 × 96 positions of 96 channels, the channels last."""
+    backbone = build_backbone("swin_t", num_classes=3, use_pretrained=False, image_size=384)
+    ends = stage_ends(backbone.module, backbone.stages, backbone.input_spec)
+    assert "features.1" not in ends
+    assert "features.2" in ends
+
+
+def test_a_pass_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does that runs out of memory, and is taken again in smaller parts."""
+    backbone, images_BCHW = build("timm/test_resnet")
+    widen(backbone, images_BCHW)
+    attempts: list[int] = []
+
+    def fail(*_: object) -> None:
+        attempts.append(len(kept))
+        if len(attempts) == 1:
+            raise RuntimeError("CUDA out of memory.")
+
+    kept = find_stage_outputs(backbone.module)[1]._kept  # type: ignore[index]
+    backbone.module.get_submodule("layer4").register_forward_pre_hook(fail)
+    optimizer = torch.optim.SGD(backbone.module.parameters(), lr=0.0)
+    schedule = Schedule.of(None, optimizer)
+    learner = Learner(model=backbone.module, criterion=nn.CrossEntropyLoss(), optimizer=optimizer, schedule=schedule)
+    forgotten: list[int] = []
+    clear = step.clear_device_cache
+    monkeypatch.setattr(step, "clear_device_cache", lambda **options: (forgotten.append(len(kept)), clear(**options)))
+    train_step(learner, (images_BCHW, torch.tensor([0, 1]), ["a", "b"]))
+    assert attempts == [3, 3, 3]
+    assert forgotten == [0]
+    assert not kept
 
 
 def test_a_convolution_as_head_looks_at_the_last_stage_alone() -> None:

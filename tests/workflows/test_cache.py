@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from finetune.data.csv_files import read_csv
 from finetune.runs.cache_folder import list_cache
+from finetune.runs.model_file import read_metadata
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
 
@@ -44,6 +45,20 @@ def test_the_next_run_computes_nothing_and_ends_at_the_same_head(
     advised = finetune("advise", flowers, "--format", "json")
     assert advised.code == 0
     assert kept_rows() == first["features"]["computed"], "the advice reads what the training computed"
+
+
+@pytest.mark.parametrize("first", ["all", "last"])
+def test_either_head_learns_from_what_was_kept_for_the_other(
+    finetune: Command, flowers: Path, tmp_path: Path, first: str
+) -> None:
+    options = ("--feature-extract", "--epochs", "1", "--head-stages")
+    found = train(finetune, flowers, tmp_path / "first", *options, first)
+    assert found["features"]["computed"] == kept_rows()
+    again = train(finetune, flowers, tmp_path / "again", *options, "last" if first == "all" else "all")
+    assert again["features"]["computed"] == 0
+    assert kept_rows() == found["features"]["computed"]
+    heads = [read_metadata(tmp_path / name / "model.safetensors").head_inputs for name in ("first", "again")]
+    assert sorted(map(len, heads)) == [0, 6]
 
 
 def test_a_trained_head_learns_from_the_features_of_the_study(finetune: Command, flowers: Path, tmp_path: Path) -> None:

@@ -136,8 +136,9 @@ class TrainConfig:
     """What the rates are multiplied by at a fall of the step and plateau schedules; between 0 and 1."""
     patience: int = 0
     """Stop after this many epochs without a better validation accuracy; 0 never stops early."""
-    max_grad_norm: float = 0.0
-    """Clip the norm of the gradient at this value; 0 does not clip."""
+    max_grad_norm: float | Auto = "auto"
+    """Clip the norm of the gradient at this value; 0 does not clip. auto: 1 from a solved head, whose weights may be
+    large, else 0."""
     averaging: Literal["none", "ema", "ends"] = "none"
     """Which average of weights is scored and kept: their exponential moving one over the steps, or that of the start
     and the best if it is no worse (Wortsman 2022, arXiv 2109.01903)."""
@@ -204,7 +205,8 @@ class TrainConfig:
             f"--step-epochs must be 1 or more, got {self.step_epochs}": self.step_epochs < 1,
             f"--step-factor must be above 0 and below 1, got {self.step_factor}": not 0 < self.step_factor < 1,
             f"--patience must be 0 or more, got {self.patience}": self.patience < 0,
-            f"--max-grad-norm must be 0 or more, got {self.max_grad_norm}": not 0 <= self.max_grad_norm < float("inf"),
+            f"--max-grad-norm must be 0 or more, got {self.max_grad_norm}": self.max_grad_norm != "auto"
+            and not 0 <= self.max_grad_norm < float("inf"),
             f"--label-smoothing must be 0 to below 1, got {self.label_smoothing}": not 0 <= self.label_smoothing < 1,
             f"--workers must be 0 or more, got {self.workers}": self.workers != "auto" and self.workers < 0,
             f"--phases: {_fault(parse_phases, self.phases)}": bool(_fault(parse_phases, self.phases)),

@@ -334,6 +334,7 @@ def _resolved(config: TrainConfig, job: Job) -> TrainConfig:
         trunk_learning_rate=plan.trunk_learning_rate,
         depth_ratio=plan.depth_ratio,
         weight_decay=plan.weight_decay,
+        max_grad_norm=plan.max_grad_norm,
         workers=job.batches.workers if len(job.plans) == 1 else config.workers,  # a later phase may need others
         resume=False,
         overwrite=False,

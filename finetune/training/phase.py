@@ -75,7 +75,7 @@ def build_learner(
         optimizer=optimizer,
         schedule=schedule,
         accelerator=build_accelerator(device, precision),
-        max_grad_norm=config.max_grad_norm,
+        max_grad_norm=plan.max_grad_norm,
         finish=batches.finish,
         mix=mix,
         average=_average(config, backbone),

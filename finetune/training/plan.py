@@ -24,6 +24,9 @@ DEPTH_RATIO_CNN: dict[Scenario, float] = {
 """Rate of the lowest stage that learns against that of the highest, in CNNs with BatchNorm."""
 DEPTH_RATIO: dict[Scenario, float] = {**DEPTH_RATIO_CNN, "large-similar": 0.03, "small-different": 0.3}
 """The same in transformers and ConvNeXts: 0.75 and 0.9 a layer, over twelve."""
+CLIPPED_AT = 1.0
+"""Norm of the gradient, from a solved head. On images unlike those of the pretraining its weights are large, and the
+first steps would undo both head and network (the training half of tests/benchmarks/probe_stages.py)."""
 WEIGHT_DECAY = {"adamw": 0.01, "adam": 0.0, "sgd": 5e-4}
 
 
@@ -44,6 +47,8 @@ class Plan:
     weight_decay: float
     batch_norm: Literal["eval", "train"]
     """Mode of the BatchNorm layers that learn; "eval" keeps the statistics of the pretrained network."""
+    max_grad_norm: float
+    """At which the norm of the gradient is clipped; 0 does not."""
     boundary_cache: bool = False
     """Whether the frozen stages run once and the others learn from what they gave."""
     views: int = 0
@@ -89,6 +94,9 @@ def make_plan(
     if trunk == "auto":
         trunk = _trunk_rate(scenario, is_sgd=is_sgd)
     auto_head = trunk if head_start == "probe" else max(trunk, 1e-2 if is_sgd else 1e-3)
+    max_grad_norm = config.max_grad_norm
+    if max_grad_norm == "auto":
+        max_grad_norm = CLIPPED_AT if head_start == "probe" else 0.0
     depth_ratio = config.depth_ratio
     if depth_ratio == "auto":
         depth_ratio = DEPTH_RATIO_CNN[scenario] if has_batch_norm else DEPTH_RATIO[scenario]
@@ -109,6 +117,7 @@ def make_plan(
         trunk_learning_rate=trunk,
         depth_ratio=depth_ratio,
         weight_decay=WEIGHT_DECAY[optimizer] if config.weight_decay == "auto" else config.weight_decay,
+        max_grad_norm=max_grad_norm,
         batch_norm="train" if is_fresh or images >= OWN_STATISTICS else "eval",
     )
 

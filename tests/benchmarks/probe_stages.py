@@ -86,7 +86,7 @@ def fine_tuned(images: list[Image.Image], classes_N: Array, count: int, scenario
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         for split, chosen in zip(("train", "valid"), drawn(classes_N, count, seed), strict=True):
-            for index in chosen[:200]:
+            for index in chosen if split == "train" else chosen[:200]:
                 path = Path(scratch) / "data" / split / f"{classes_N[index]:02d}" / f"{index}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 images[index].convert("RGB").save(path)

@@ -50,6 +50,13 @@ def test_a_solved_head_learns_at_the_rate_of_the_trunk() -> None:
     assert plan("large-similar", optimizer="sgd").trunk_learning_rate == pytest.approx(1e-3)
 
 
+def test_the_gradient_is_clipped_from_a_solved_head_and_where_that_is_asked_for() -> None:
+    assert plan("small-different").max_grad_norm == 1.0
+    assert plan("small-different", head_start="random").max_grad_norm == 0.0
+    assert plan("small-different", max_grad_norm=0.0).max_grad_norm == 0.0
+    assert plan("large-different", max_grad_norm=0.3).max_grad_norm == 0.3
+
+
 def test_what_is_given_is_taken() -> None:
     found = plan("small-different", learning_rate=0.3, trunk_learning_rate=0.2, epochs=7, head_start="random")
     assert (found.learning_rate, found.trunk_learning_rate, found.epochs) == (0.3, 0.2, 7)

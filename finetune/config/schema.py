@@ -170,18 +170,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant, all faults in one error."""
-        faults = _type_faults(self) or [fault for fault, is_wrong in self._faults().items() if is_wrong]
+        faults = _type_faults(self)
+        if not faults:  # else nothing can be compared
+            faults = [fault for fault, is_wrong in (self._range_faults() | self._conflicts()).items() if is_wrong]
         if faults:
             raise ConfigError("; ".join(faults), "see `finetune train --help` for the range of each option")
 
-    def _faults(self) -> dict[str, bool]:
+    def _range_faults(self) -> dict[str, bool]:
         return {
             f"--seed must be 0 to 2^31 − 1, got {self.seed}": not 0 <= self.seed < 2**31,
             f"--valid-fraction must be above 0 and at most 0.5, got {self.valid_fraction}": not 0
             < self.valid_fraction
             <= 0.5,
             f"--folds must be 0 or 2 to 20, got {self.folds}": self.folds != 0 and not 2 <= self.folds <= 20,
-            "--folds trains many times, --budget once": self.folds > 0 and bool(self.budget),
             f"--image-size must be 1 or more, got {self.image_size}": self.image_size != "auto" and self.image_size < 1,
             f"--views must be 0 or more, got {self.views}": self.views != "auto" and self.views < 0,
             f"--epochs must be 0 or more, got {self.epochs}": self.epochs != "auto" and self.epochs < 0,
@@ -211,6 +212,11 @@ class TrainConfig:
             f"--workers must be 0 or more, got {self.workers}": self.workers != "auto" and self.workers < 0,
             f"--phases: {_fault(parse_phases, self.phases)}": bool(_fault(parse_phases, self.phases)),
             f"--budget: {_fault(parse_seconds, self.budget)}": bool(_fault(parse_seconds, self.budget)),
+        }
+
+    def _conflicts(self) -> dict[str, bool]:
+        return {
+            "--folds trains many times, --budget once": self.folds > 0 and bool(self.budget),
             "--budget plans the epochs of one phase, not of several --phases": bool(self.budget and self.phases)
             and not self.resume,
             "--phases says how many epochs there are and what learns: leave out --epochs, --feature-extract and --head "

@@ -6,6 +6,8 @@ A launcher such as torchrun or `accelerate launch` starts them, on one machine o
 import atexit
 import os
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,9 +22,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # in the environment, how often torchrun has started the job again
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # in the environment, how often torchrun of this machine has restarted the job
 STEP_TIMEOUT = timedelta(minutes=5)  # for what all do at the same pace: a training step
 WORK_TIMEOUT = timedelta(days=1)  # where some wait for the long work of others; a process that ends is noticed at once
+MEETING_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,8 @@ class Processes:
     """Over which they talk, by way of the CPU."""
     store: Any = None
     """What torchrun keeps for its job, over restarts too."""
+    is_restarted: bool = False
+    """Whether a launcher has started the job again."""
 
     @property
     def is_main(self) -> bool:
@@ -100,8 +105,7 @@ class Processes:
 
     def recall(self, name: str) -> str | None:
         """Return what this job has kept under `name` before it was restarted."""
-        is_restarted = os.environ.get(RESTARTS, "0") != "0"
-        if self.store is None or not is_restarted or not self.store.check([name]):
+        if self.store is None or not self.is_restarted or not self.store.check([name]):
             return None
         return str(self.store.get(name).decode())
 
@@ -189,8 +193,9 @@ def join_processes(device: str) -> Processes:
     from torch.distributed.distributed_c10d import PrefixStore
 
     store, rank, count = next(rendezvous("env://"))
+    is_restarted = os.environ.get(RESTARTS, "0") != "0"
     if count == 1:
-        return Processes(store=store)
+        return Processes(store=store, is_restarted=is_restarted)
     local_count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     is_on_cpu = device == "cpu" or not torch.cuda.is_available()
     _require_devices(device, local_count, is_on_cpu=is_on_cpu)
@@ -199,10 +204,10 @@ def join_processes(device: str) -> Processes:
             os.environ.setdefault(variable, "lo")
     if os.environ.get("OMP_NUM_THREADS") == "1" and is_torchrun:  # which sets it so, however many cores there are
         torch.set_num_threads(available_cores())
-    # The store outlives a restart by the launcher, and with it the addresses of processes that have ended.
-    fresh = PrefixStore(f"attempt-{os.environ.get(RESTARTS, '0')}", store)
+    start, is_restarted = meet(store, rank, count, is_restarted=is_restarted)
     if not distributed.is_initialized():
         atexit.register(distributed.destroy_process_group)  # else its threads may abort an interpreter that ends
+    fresh = PrefixStore(start, store)
     state = PartialState(cpu=is_on_cpu, store=fresh, rank=rank, world_size=count, timeout=STEP_TIMEOUT)
     return Processes(
         rank=state.process_index,
@@ -211,7 +216,38 @@ def join_processes(device: str) -> Processes:
         local_count=local_count,
         group=distributed.new_group(backend="gloo", timeout=WORK_TIMEOUT),
         store=store if is_torchrun else None,
+        is_restarted=is_restarted,
     )
+
+
+def meet(store: Any, rank: int, count: int, *, is_restarted: bool) -> tuple[str, bool]:
+    """Wait for the other processes of this start of the job; return a name for it, and whether any `is_restarted`.
+
+    The store outlives a restart by the launcher, and with it what processes have written that have ended. How often
+    the job was restarted does not tell one start from another: every machine counts only what failed on it.
+
+    Raises:
+        RuntimeError: They have not all come in the time of a step.
+    """
+    me = f"{'again' if is_restarted else 'first'}-{uuid.uuid4().hex}"
+    if rank == 0:
+        store.set("start", me)
+        others = [f"{me}/{other}" for other in range(1, count)]
+        store.wait(others, STEP_TIMEOUT)
+        present = [me, *(store.get(other).decode() for other in others)]
+        store.set(f"{me}/present", ",".join(present))
+        return me, any(each.startswith("again") for each in present)
+    start, present, deadline = "", [], time.monotonic() + STEP_TIMEOUT.total_seconds()
+    while me not in present:  # what was said of an earlier start may stand there still
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"process {rank} of {count} has not met the others within {STEP_TIMEOUT}")
+        if store.check(["start"]) and (said := store.get("start").decode()) != start:
+            start = said
+            store.set(f"{start}/{rank}", me)
+        if start and store.check([f"{start}/present"]):
+            present = store.get(f"{start}/present").decode().split(",")
+        time.sleep(MEETING_POLL_SECONDS)
+    return start, any(each.startswith("again") for each in present)
 
 
 def _require_devices(device: str, local_count: int, *, is_on_cpu: bool) -> None:

@@ -381,6 +381,12 @@ def test_a_killed_process_ends_the_job_within_a_minute(
     assert (run / "model.safetensors").read_bytes() == undisturbed
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 @pytest.mark.slow
 def test_two_machines_train_as_one_does(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two launchers of one process each, that share no cache."""
@@ -389,10 +395,7 @@ def test_two_machines_train_as_one_does(data: Path, tmp_path: Path, monkeypatch:
         "always",
     ]
     assert main(["train", str(data), "--output", str(tmp_path / "one"), *options]) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shape = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port]
+    shape = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", free_port()]
     words = ["-m", "finetune", "train", str(data), "--output", str(tmp_path / "two"), *options]
     machines = [
         subprocess.Popen(
@@ -413,6 +416,39 @@ def test_two_machines_train_as_one_does(data: Path, tmp_path: Path, monkeypatch:
         assert sum(each.rows for each in kept) >= 43, "each has the features of all images"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_of_two_machines_is_restarted_and_they_end_at_the_same_weights(
+    data: Path, tmp_path: Path, undisturbed: bytes, killed: int
+) -> None:
+    """Only the machine on which a process was killed counts a restart."""
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "job"]
+    words = [saving_often(tmp_path), "train", str(data), "--output", str(tmp_path / "run"), *LONG]
+    shape = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", *meeting, *words]
+    machines = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *shape],
+            env={**os.environ, "PYTHONPATH": str(PROJECT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    try:
+        when_epochs(tmp_path / "run", 4)
+        workers = [worker for machine in machines for worker in psutil.Process(machine.pid).children()]
+        next(each for each in workers if each.environ()["RANK"] == str(killed)).kill()
+        for machine in machines:
+            _, said = machine.communicate(timeout=120)
+            assert machine.returncode == 0, said
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == undisturbed
+    epochs = [event["epoch"] for event in RunFolder(tmp_path / "run").events() if event["event"] == "epoch"]
+    assert epochs == list(range(1, 41))
+
+
 def test_a_budget_goes_on_running_when_its_job_is_restarted(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -423,7 +459,7 @@ def test_a_budget_goes_on_running_when_its_job_is_restarted(
     began = float(store.get("began, rank 0"))
     assert 0 < time.time() - began < 600
     store.set("began, rank 0", str(began - 1000))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr(api, "join_processes", lambda device: Processes(store=store, is_restarted=True))
     store.delete_key("run folder")
     with pytest.raises(ConfigError, match="--budget 600s does not do: to start took 100"):
         api.train(data, output=tmp_path / "run", budget="10m", **options)

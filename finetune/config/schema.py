@@ -40,8 +40,9 @@ class TrainConfig:
     valid_fraction: float = 0.2
     """Share of the images set aside for validation where DATA has no such split; between 0 and 0.5."""
     folds: int = 0
-    """Cross-validate: train this many times, each time with another part of the images held back for validation, and
-    then once on all of them. DATA's own train and valid are one then. 0 does not."""
+    """Cross-validate: train this many times, each time with another part of the images held back to be scored, and
+    then once on all of them. The last epoch is kept; of a solved head, only if the folds are better for fine-tuning.
+    DATA's own train and valid are one then. 0 does not."""
     allow_bad_images: bool = False
     """Train although more than 1 % of the training images, or any validation image, cannot be read."""
 
@@ -217,6 +218,8 @@ class TrainConfig:
     def _conflicts(self) -> dict[str, bool]:
         return {
             "--folds trains many times, --budget once": self.folds > 0 and bool(self.budget),
+            "--folds lets what it holds back choose no weights, --patience and --averaging ends do": self.folds > 0
+            and (self.patience > 0 or self.averaging == "ends"),
             "--budget plans the epochs of one phase, not of several --phases": bool(self.budget and self.phases)
             and not self.resume,
             "--phases says how many epochs there are and what learns: leave out --epochs, --feature-extract and --head "

@@ -82,6 +82,11 @@ class RunFolder:
         return self.path / "held_out.safetensors"
 
     @property
+    def held_out_start(self) -> Path:
+        """What the solved head of such a run predicts of them before it is fine-tuned."""
+        return self.path / "held_out_start.safetensors"
+
+    @property
     def tensorboard(self) -> Path:
         """Events for TensorBoard, where they were asked for."""
         return self.path / "tensorboard"

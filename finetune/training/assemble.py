@@ -52,10 +52,12 @@ def assemble(
     *,
     began: float = 0.0,
     processes: Processes = ALONE,
+    is_fold: bool = False,
 ) -> Job:
     """Turn `config` into a job on the images of `listing`: a new one, or the one that `resume` goes on with.
 
     `began` is when its budget, if it has one, began to run, by time.monotonic(), and `processes` those that share it.
+    What a job that `is_fold` of a cross-validation holds back chooses nothing.
 
     Raises:
         ConfigError, DataError, ModelError: The options, the images or the network cannot be used.
@@ -66,7 +68,7 @@ def assemble(
     budget = Budget(parse_seconds(config.budget), began=began, processes=processes) if config.budget else None
     if config.resume:
         job, saved = _saved_job(config, run, listing, device, reporter, processes=processes)
-        job.budget = budget
+        job.budget, job.is_fold = budget, is_fold
         job.enter_phase()
         job.fit_budget()
         torch.manual_seed(config.seed + processes.rank)  # for one more process than there were
@@ -77,6 +79,7 @@ def assemble(
     else:
         job = _new_job(config, run, listing, device, reporter, budget=budget, processes=processes)
         processes.same(job.backbone.module.state_dict().values())
+        job.is_fold = is_fold
         job.enter_phase()
         job.fit_budget()
         if processes.rank:

@@ -4,6 +4,7 @@ import math
 import shutil
 import warnings
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,9 +33,11 @@ from finetune.runs.processes import Processes
 from finetune.runs.reporting import Reporter
 from finetune.training.assemble import ANEW, OTHER_IMAGES, assemble, refuse_changes
 from finetune.training.job import Job, fixed_options
-from finetune.training.run import run_job
+from finetune.training.run import predict_start, run_job
 
 CONFIDENCE = 0.95
+WORTH_WHILE, FEW_IMAGES = 0.01, 10
+"""Accuracy that fine-tuning must gain over the solved head where there are so few images a class; else any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +45,15 @@ class _Fold:
     """What came of training with one part of the images held back."""
 
     held_out: Predictions
-    accuracy: float
+    solved_head: Predictions | None
+    """What the head predicted of the same images before fine-tuning, if it was solved and anything followed."""
     epochs: int
-    """Those that the kept weights had been trained for."""
     scenario: str
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right predictions of what was held back."""
+        return float(_right_N(self.held_out).mean())
 
 
 def train_folds(
@@ -53,8 +61,10 @@ def train_folds(
 ) -> dict[str, Scores]:
     """Train `config.folds` times, each time with another part of the images held back, and then on all of them.
 
-    Each of these is a run in a folder of its own below folds/; the last, in `run`, takes their most frequent scenario
-    and the median of the epochs that they kept. Its scores of "valid" are those of the out-of-fold predictions. On a
+    Each of these is a run in a folder of its own below folds/. What it holds back chooses nothing in it, so that its
+    score is that of images not seen: the last epoch is kept. The one choice that all of them together make is whether
+    fine-tuning `is_worth_while`, or a solved head stays as it is. The last run, in `run`, takes their most frequent
+    scenario and the median of their epochs. Its scores of "valid" are those of the out-of-fold predictions. On a
     resume, finished ones stay as they are.
 
     Returns:
@@ -82,6 +92,11 @@ def train_folds(
         reporter.say(f"Fold {number + 1} of {config.folds}.")
         part = _held_back(table, fold_of, number)
         folds.append(_train_fold(config, run.fold(number), part, listing, reporter, processes=processes))
+    is_tuned = is_worth_while(folds)
+    if any(fold.solved_head for fold in folds):
+        _tell_the_choice(folds, is_tuned=is_tuned, reporter=reporter)
+    if not is_tuned:
+        folds = [replace(fold, held_out=fold.solved_head or fold.held_out, epochs=0) for fold in folds]
     held_out = _joined([fold.held_out for fold in folds])
     accuracies = [fold.accuracy for fold in folds]
     low, high = accuracy_interval(accuracies)
@@ -94,8 +109,36 @@ def train_folds(
         job.held_out = held_out
         if processes.is_main and job.progress.is_new:
             values = {"folds": config.folds, "accuracies": accuracies, "mean": float(np.mean(accuracies))}
-            run.record("cross_validation", {**values, "interval": [low, high]})
+            run.record("cross_validation", {**values, "interval": [low, high], "is_fine_tuned": is_tuned})
         return run_job(job, reporter)
+
+
+def is_worth_while(folds: Sequence[_Fold]) -> bool:
+    """Tell whether fine-tuning does better than the heads that it began from, over all folds.
+
+    Of few images it must gain a point (Kim 2022, arXiv 2205.07874: there the solved head usually wins).
+    """
+    tuned = [fold for fold in folds if fold.epochs]
+    before = [fold.solved_head for fold in tuned if fold.solved_head]
+    if not tuned or len(before) < len(tuned):
+        return True  # there is nothing to choose from
+    after = _joined([fold.held_out for fold in tuned])
+    images, classes = after.probabilities_NK.shape
+    gained = _right_N(after).sum() - _right_N(_joined(before)).sum()
+    return bool(gained > (WORTH_WHILE * images if images <= FEW_IMAGES * classes else 0))
+
+
+def _tell_the_choice(folds: Sequence[_Fold], *, is_tuned: bool, reporter: Reporter) -> None:
+    before, after = (
+        _right_N(_joined(parts)).mean()
+        for parts in ([fold.solved_head or fold.held_out for fold in folds], [fold.held_out for fold in folds])
+    )
+    verdict = "so that all is fine-tuned" if is_tuned else "which is not worth it: the head stays as it is solved"
+    reporter.say(f"On what was held back the solved head reaches {before:.1%} and fine-tuning {after:.1%}, {verdict}.")
+
+
+def _right_N(found: Predictions) -> Array:
+    return found.probabilities_NK.argmax(axis=1) == found.class_indices_N
 
 
 def _refuse_changes(config: TrainConfig, run: RunFolder) -> None:
@@ -213,11 +256,18 @@ def _train_fold(
         config = replace(config, folds=0, tracker="none", output=run.path)
         with ExitStack() as stack:
             config = processes.from_main(lambda: _open(config, run, table, stack))
-            job = stack.enter_context(closing(assemble(config, run, listing, reporter, processes=processes)))
+            job = stack.enter_context(
+                closing(assemble(config, run, listing, reporter, processes=processes, is_fold=True))
+            )
             job.folder = run.path.parent.parent
+            if job.progress.is_new and job.plan.head_start == "probe" and any(plan.epochs for plan in job.plans):
+                start = predict_start(job, reporter)
+                if processes.is_main:
+                    write_whole(run.held_out_start, _packed(start))
             run_job(job, reporter)
             if processes.is_main:
-                write_whole(run.held_out, _packed(job))
+                made = {"epochs": str(job.progress.epoch), "scenario": job.plan.scenario}
+                write_whole(run.held_out, _packed(job.predictions["valid"], **made))
                 shutil.rmtree(run.checkpoints, ignore_errors=True)
         fold = processes.from_main(lambda: _read_fold(run, reporter))
     assert fold is not None
@@ -258,8 +308,9 @@ def _last_job(
         changes: dict[str, Any] = {"resume": False, "scenario": scenario}
         if scenario == "large-different":
             changes["weights"] = None
-        if not config.phases:
-            changes["epochs"] = median_low(fold.epochs for fold in folds if fold.scenario == scenario)
+        epochs = median_low(fold.epochs for fold in folds if fold.scenario == scenario)
+        if not config.phases or not epochs:
+            changes |= {"phases": "", "epochs": epochs}
         job = assemble(replace(config, **changes), run, listing, reporter, processes=processes)
     if processes.is_main:  # training with the config of the run repeats all of it
         write_whole(resolved, to_yaml(job.config))
@@ -279,35 +330,40 @@ def _going_on(config: TrainConfig, run: RunFolder, resolved: Path) -> TrainConfi
     )
 
 
-def _packed(job: Job) -> bytes:
-    found, history = job.predictions["valid"], job.progress.history
-    # A head that began at random is no good without an epoch.
-    fewest = min(1, job.plan.epochs) if job.plan.head_start == "random" else 0
-    epochs = max(history.best_epoch, fewest)
+def _packed(found: Predictions, **texts: str) -> bytes:
     arrays = {"probabilities_NK": found.probabilities_NK, "class_indices_N": found.class_indices_N}
-    texts = {"image_paths": "\0".join(found.image_paths), "epochs": str(epochs), "scenario": job.plan.scenario}
+    texts["image_paths"] = "\0".join(found.image_paths)
     encoded = {name: np.frombuffer(text.encode(errors="surrogateescape"), np.uint8) for name, text in texts.items()}
     return bytes(save({**arrays, **encoded}))
+
+
+def _unpacked(packed: Mapping[str, Array]) -> Predictions:
+    return Predictions(
+        probabilities_NK=packed["probabilities_NK"],
+        class_indices_N=packed["class_indices_N"],
+        image_paths=tuple(_text(packed["image_paths"]).split("\0")),
+    )
+
+
+def _text(characters: Array) -> str:
+    return characters.tobytes().decode(errors="surrogateescape")
 
 
 def _read_fold(run: RunFolder, reporter: Reporter) -> _Fold | None:
     """Return what came of a fold, None where it has not ended or that has been damaged."""
     if not run.held_out.exists():
         return None
-    names = ("image_paths", "epochs", "scenario")
     try:
-        values = load(run.held_out.read_bytes())
-        texts = {name: values[name].tobytes().decode(errors="surrogateescape") for name in names}
+        packed = load(run.held_out.read_bytes())
+        return _Fold(
+            held_out=_unpacked(packed),
+            solved_head=_unpacked(load(run.held_out_start.read_bytes())) if run.held_out_start.exists() else None,
+            epochs=int(_text(packed["epochs"])),
+            scenario=_text(packed["scenario"]),
+        )
     except (SafetensorError, KeyError) as error:
-        reporter.warn(f"{run.held_out} is damaged ({error}); this fold is trained again.")
+        reporter.warn(f"what {run.path} held back is damaged ({error}); this fold is trained again.")
         return None
-    held_out = Predictions(
-        probabilities_NK=values["probabilities_NK"],
-        class_indices_N=values["class_indices_N"],
-        image_paths=tuple(texts["image_paths"].split("\0")),
-    )
-    accuracy = float((held_out.probabilities_NK.argmax(axis=1) == held_out.class_indices_N).mean())
-    return _Fold(held_out=held_out, accuracy=accuracy, epochs=int(texts["epochs"]), scenario=texts["scenario"])
 
 
 def _joined(parts: list[Predictions]) -> Predictions:

@@ -46,6 +46,8 @@ class Job:
     """Whether the budget does not do for an epoch."""
     folder: Path | None = None
     """The run to go on with after an interrupt, where it is not `run` alone."""
+    is_fold: bool = False
+    """Whether what is held back is scored alone, and chooses nothing: neither the epoch that is kept nor a rate."""
     held_out: Predictions | None = None
     """Of a cross-validation, which stand for those of the validation images where none are held back."""
     predictions: dict[str, Predictions] = field(default_factory=dict)
@@ -127,6 +129,7 @@ class Job:
             reporter=self.reporter,
         )
         learner.averages_ends = learner.keeps_start and self.is_last_phase
+        learner.keeps_last = self.is_fold
         return learner
 
     def close(self) -> None:

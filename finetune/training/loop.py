@@ -148,7 +148,7 @@ def _validate(learner: Learner, valid_loader: DataLoader[Any] | None) -> Totals:
 
 
 def _end_epoch(learner: Learner, valid_loader: DataLoader[Any] | None, *, progress: Progress, seconds: float) -> None:
-    history = progress.history
+    history, keeps_last = progress.history, learner.keeps_last or valid_loader is None
     learner.collect()
     history.learning_rates.append(float(learner.optimizer.param_groups[0]["lr"]))
     with learner.averaged():
@@ -160,14 +160,14 @@ def _end_epoch(learner: Learner, valid_loader: DataLoader[Any] | None, *, progre
                 LOWER_RATES,
             )
         progress.epoch += 1
-        if valid_loader is None or progress.is_best(valid.accuracy):
+        if keeps_last or progress.is_best(valid.accuracy):
             progress.keep_best(learner.network, valid.accuracy)
     history.train_loss.append(progress.totals.mean_loss)
     history.train_accuracy.append(progress.totals.accuracy)
     history.valid_loss.append(valid.mean_loss)
     history.valid_accuracy.append(valid.accuracy)
     history.seconds.append(seconds)
-    learner.schedule.epoch_ended(progress.totals.mean_loss if valid_loader is None else valid.mean_loss)
+    learner.schedule.epoch_ended(progress.totals.mean_loss if keeps_last else valid.mean_loss)
     progress.step, progress.totals = 0, Totals()
 
 
@@ -181,5 +181,5 @@ def _average_ends(learner: Learner, valid_loader: DataLoader[Any] | None, progre
     learner.spread()
     accuracy = _validate(learner, valid_loader).accuracy
     progress.history.ends_accuracy = accuracy
-    if valid_loader is None or accuracy >= progress.history.best_accuracy:
+    if accuracy >= progress.history.best_accuracy:
         progress.best_weights = mean

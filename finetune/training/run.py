@@ -136,6 +136,15 @@ def _write_results(job: Job, reporter: Reporter) -> dict[str, Scores]:
     return scores
 
 
+def predict_start(job: Job, reporter: Reporter) -> Predictions:
+    """Return what the network of a job that has not begun says of the validation images."""
+    job.learner.model.to(job.device)
+    found = _predicted(job, "valid", reporter)
+    if job.learner.sharded:  # a copy of it will learn, and it waits for the end
+        job.learner.model.cpu()
+    return found
+
+
 def _predicted(job: Job, split: str, reporter: Reporter) -> Predictions:
     loader = job.batches.loaders[split]
     images = len(loader.dataset)  # type: ignore[arg-type]

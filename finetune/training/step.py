@@ -48,9 +48,9 @@ class Learner:
 
     `network` is the whole of which `model` may be the part above a cut; its weights are what is kept and saved.
     `finish` makes images of the drafts in a training batch, where batches hold drafts. `mix` blends images with each
-    other, `average` follows the weights. With `keeps_start` the weights of the start are saved, and with
-    `averages_ends` their mean with the best ones is tried in the end. A batch is computed in `parts`, whose gradients
-    are added up. Of every batch each of several `processes` computes its share; all take the step of the whole. With
+    other, `average` follows the weights. With `keeps_last` the last weights are kept, not those that validation finds
+    best. With `keeps_start` the weights of the start are saved, and with `averages_ends` their mean with the kept ones
+    is tried in the end. A batch is computed in `parts`, whose gradients are added up. Of every batch each of several `processes` computes its share; all take the step of the whole. With
     `shared_statistics` BatchNorm sees the batch of all of them, and with `sharded` a copy of `model` learns in its
     place that is divided among them: who has no share then goes along with `sample`, which counts for nothing.
     """
@@ -65,6 +65,7 @@ class Learner:
     finish: Callable[[Sequence[Draft]], torch.Tensor] | None = None
     mix: Mix | None = None
     average: ModelEmaV3 | None = None
+    keeps_last: bool = False
     keeps_start: bool = False
     averages_ends: bool = False
     parts: int = 1

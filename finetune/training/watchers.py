@@ -95,7 +95,8 @@ class ProgressBar:
         valid, star = "", ""
         if not math.isnan(history.valid_loss[-1]):
             valid = f"; valid loss {history.valid_loss[-1]:.3f}, accuracy {history.valid_accuracy[-1]:.1%}"
-            star = "  (best so far)" if history.best_epoch == progress.epoch else ""
+            is_best = history.valid_accuracy[-1] > max([history.start_accuracy, *history.valid_accuracy[:-1]])
+            star = "  (best so far)" if is_best else ""
         self.reporter.say(
             f"Epoch {progress.epoch}/{progress.epochs}: train loss {history.train_loss[-1]:.3f}, accuracy "
             f"{history.train_accuracy[-1]:.1%}{valid}; {history.seconds[-1]:.0f} s{star}"

@@ -17,7 +17,8 @@ from finetune.errors import ConfigError, DataError, RunError
 from finetune.runs.folder import RunFolder
 from finetune.runs.model_file import read_metadata
 from finetune.training import folds
-from finetune.training.folds import accuracy_interval, fold_numbers
+from finetune.evaluation.infer import Predictions
+from finetune.training.folds import accuracy_interval, fold_numbers, is_worth_while
 from finetune.training.progress import Progress
 from finetune.training.watchers import ProgressBar
 from tests.training.exact_resume import write_images
@@ -206,7 +207,93 @@ def test_a_fold_whose_outcome_is_damaged_is_trained_again(data: Path, tmp_path: 
     assert run.predictions.read_bytes() == before
 
 
-@pytest.mark.parametrize("changes", [{"folds": 1}, {"folds": 21}, {"budget": "5m"}])
+def test_what_a_fold_holds_back_chooses_no_epoch(data: Path, tmp_path: Path) -> None:
+    changes = {"epochs": 6, "learning_rate": 0.3, "schedule": "constant"}
+    run = RunFolder(finetune.train(data, output=tmp_path / "run", **OPTIONS | changes).folder)
+    is_other = []
+    for fold in (run.fold(number) for number in range(3)):
+        accuracies = [event["valid_accuracy"] for event in fold.events() if event["event"] == "epoch"]
+        rows = rows_of(fold.predictions)
+        assert np.mean([row["label"] == row["predicted"] for row in rows]) == pytest.approx(accuracies[-1])
+        is_other.append(max(accuracies) > accuracies[-1])
+    assert any(is_other), "the best epoch is the last in all folds, so that this test shows nothing"
+
+
+SOLVED = OPTIONS | {"scenario": "small-different", "head_start": "probe", "max_grad_norm": 0.0}
+
+
+@pytest.mark.parametrize("phases", ["", "head:1,all:1"])
+def test_a_solved_head_stays_where_fine_tuning_gains_nothing(data: Path, tmp_path: Path, phases: str) -> None:
+    length = {"phases": phases, "epochs": "auto" if phases else 2}
+    run = RunFolder(finetune.train(data, output=tmp_path / "run", **SOLVED | length).folder)
+    events = {event["event"]: event for event in run.events()}
+    assert not events["cross_validation"]["is_fine_tuned"]
+    assert "epoch" not in events
+    starts = [
+        next(event["valid_accuracy"] for event in run.fold(number).events() if event["event"] == "start")
+        for number in range(3)
+    ]
+    assert events["cross_validation"]["accuracies"] == pytest.approx(starts)
+    probability = {row["image_path"]: row["probability"] for row in rows_of(run.predictions)}
+    tuned = [row for number in range(3) for row in rows_of(run.fold(number).predictions)]
+    assert any(row["probability"] != probability[row["image_path"]] for row in tuned), "these are of fine-tuned heads"
+    assert read_metadata(run.model).scenario == "small-different"
+    assert from_yaml(run.config).epochs == length["epochs"]
+
+
+def test_fine_tuning_follows_where_the_folds_are_better_for_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folds, "is_worth_while", lambda found: all(fold.solved_head for fold in found))
+    run = RunFolder(finetune.train(data, output=tmp_path / "run", **SOLVED).folder)
+    events = run.events()
+    assert [event["event"] for event in events].count("epoch") == 2
+    assert all(event["is_fine_tuned"] for event in events if event["event"] == "cross_validation")
+
+
+@pytest.mark.parametrize(
+    ("images", "right_before", "right_after", "is_better"),
+    [
+        (20, 10, 11, True),  # ten images a class, 5 points
+        (20, 10, 10, False),
+        (200, 150, 151, True),  # half a point is enough of many
+        (200, 150, 150, False),
+        (2000, 1500, 1501, True),
+    ],
+)
+def test_fine_tuning_is_worth_while_if_it_gains(
+    images: int, right_before: int, right_after: int, is_better: bool
+) -> None:
+    made = [fold_of(images // 2, right_before // 2, right_after - right_before + right_before // 2)] + [
+        fold_of(images - images // 2, right_before - right_before // 2, right_before - right_before // 2)
+    ]
+    assert is_worth_while(made) == is_better
+
+
+def test_of_few_images_it_must_gain_more_than_a_point() -> None:
+    assert not is_worth_while([fold_of(1000, 500, 510, classes=100)])
+    assert is_worth_while([fold_of(1000, 500, 511, classes=100)])
+    assert is_worth_while([replace(fold_of(1000, 500, 400), solved_head=None)]), "there is nothing to choose from"
+    assert is_worth_while([replace(fold_of(1000, 500, 400), epochs=0)])
+
+
+def fold_of(images: int, right_before: int, right_after: int, classes: int = 2) -> Any:
+    """A fold of which so many are right before and after fine-tuning; all are of class 0."""
+
+    def predictions(right: int) -> Predictions:
+        chosen_N = np.where(np.arange(images) < right, 0, 1)
+        return Predictions(
+            probabilities_NK=np.eye(classes, dtype=np.float32)[chosen_N],
+            class_indices_N=np.zeros(images, dtype=np.int64),
+            image_paths=tuple(f"{number:05d}" for number in range(images)),
+        )
+
+    return folds._Fold(
+        held_out=predictions(right_after), solved_head=predictions(right_before), epochs=3, scenario="large-similar"
+    )
+
+
+@pytest.mark.parametrize("changes", [{"folds": 1}, {"folds": 21}, {"budget": "5m"}, {"patience": 3}, {"averaging": "ends"}])
 def test_what_cannot_be_meant_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="--folds"):
         finetune.TrainConfig(data="x", **{"folds": 5, **changes})

@@ -13,7 +13,7 @@ import torch
 from finetune.data.jpeg import decoder_key
 from finetune.data.transforms import Augmentation
 from finetune.errors import ModelError, StorageError
-from finetune.features.engine import BATCH_SIZE
+from finetune.features.engine import BATCH_SIZE, Kind
 from finetune.features.trunk import Trunk, map_dtype
 from finetune.runs.cache_folder import cache_folder, is_inside
 from finetune.runs.row_store import RowStore, open_store
@@ -21,7 +21,7 @@ from finetune.runs.row_store import RowStore, open_store
 Activations = tuple[np.ndarray[Any, Any], ...]
 """What crosses the cut for one image, each array of any shape."""
 
-FORMAT_NUMBER = 1
+FORMAT_NUMBER = 2
 NEVER = "train with --boundary-cache never"
 LIBRARIES = ("torch", "torchvision", "timm", "pillow")  # another version may compute or decode a little differently
 
@@ -105,9 +105,9 @@ def present(activations: Activations | None) -> Activations:
 
 
 def open_activations(
-    trunk: Trunk, data_root: Path, *, view: View | None = None, precision: str = "fp32"
+    trunk: Trunk, data_root: Path, *, engine: Kind, view: View | None = None, precision: str = "fp32"
 ) -> ActivationCache:
-    """Open the cache of what `trunk` makes of images, or of a `view` of them, computed in `precision`.
+    """Open the cache of what `trunk` makes of images, or of a `view` of them, computed by `engine` in `precision`.
 
     Where the cache folder lies in `data_root`, among the user's images, everything stays in memory.
     """
@@ -117,14 +117,13 @@ def open_activations(
         **trunk.key(),
         "input": asdict(trunk.backbone.input_spec),
         "view": asdict(view) if view else None,
+        "engine": engine,
         "precision": precision,
         "dtype": dtype,
         "libraries": {name: version(name) for name in LIBRARIES},
         "jpeg_decoder": decoder_key(),
         "format_number": FORMAT_NUMBER,
     }
-    if torch.are_deterministic_algorithms_enabled():  # other rows may be of an engine that a measurement chose
-        made_by["engine"] = "plain"
     store = None if is_inside(cache_folder(), data_root) else open_store("activations", made_by)
     return ActivationCache(store, dtype=dtype)
 

@@ -1,4 +1,4 @@
-"""How a frozen trunk is computed: as it is, with its normalisation folded in, or by ONNX Runtime; chosen as it runs.
+"""How a frozen trunk is computed: as it is, with its normalisation folded in, or by ONNX Runtime.
 
 All three are the same function. Whichever is taken has been compared with the plain network on the first batch.
 """
@@ -6,18 +6,19 @@ All three are the same function. Whichever is taken has been compared with the p
 import copy
 import io
 import logging
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.flop_counter import FlopCounterMode
 
+from finetune.runs.records import InputSpec
 from finetune.runs.reporting import Reporter
 from finetune.runs.row_store import RowStore
 
@@ -37,28 +38,45 @@ HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = 1e-3
 """Relative difference from the plain network's outputs, in the 2-norm of an image, above which an engine is refused."""
 
-EXPORT_REPAID_SECONDS = 2.0
-"""Computing time left from which an export is tried: it takes half a second to one, and saves a tenth to a half."""
+Kind = Literal["plain", "folded", "ONNX Runtime"]
+
+EXPORT_REPAID = 100e9
+"""Multiply-adds of all images from which an export is tried: on two cores two seconds' worth, of which it saves a tenth
+to a half and costs half a second to one."""
+
+
+def choose_kind(trunk: nn.Module, spec: InputSpec, *, images: int, device: torch.device) -> Kind:
+    """Return how `trunk` is to be computed on so many images: by what they are, and not by the clock.
+
+    So the features of a run are the same bits wherever they are computed anew: after a kill, after the cache was
+    cleared, and in however many processes. A GPU runs the network as it is, and so does the deterministic mode.
+    """
+    if device.type != "cpu" or torch.are_deterministic_algorithms_enabled():
+        return "plain"
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        trunk(torch.zeros(1, spec.channels, spec.image_size_px, spec.image_size_px))
+    return "ONNX Runtime" if images * counter.get_total_flops() / 2 > EXPORT_REPAID else "folded"
 
 
 class TrunkEngine:
-    """Computes a frozen trunk on batches, by the fastest means that agrees with it.
+    """Computes a frozen trunk on batches, in the way of its `kind` if that agrees with the plain trunk.
 
-    On a CPU the first batch is computed twice, by the plain trunk and with every BatchNorm folded into the convolution
-    before it (Jacob 2018, arXiv 1712.05877, section 3.2). When enough images are still to come the trunk is exported
-    to ONNX, and ONNX Runtime takes over if it is faster; `exports` keeps the file for later runs. Elsewhere the plain
-    trunk runs, in the number format that `precision` names.
+    On a CPU the first batch is computed by the plain trunk too, and compared: with every BatchNorm folded into the
+    convolution before it (Jacob 2018, arXiv 1712.05877, section 3.2), and, where it is to be, exported to ONNX and
+    computed by ONNX Runtime; `exports` keeps the file for later runs. A batch that is not full is filled up, so that
+    what an image gives does not depend on the others.
 
     Args:
         trunk: In eval mode; images (B, C, H, W) float32 to a tensor or a tuple of tensors (B, …).
         device: Where `trunk` is.
-        images: How many images will probably be computed.
+        kind: How it is computed, as from `choose_kind`.
         exports: Holds the exported trunk under `export_key`.
         export_key: Names the trunk's weights and input.
         reporter: Told when an engine disagrees with the plain trunk.
         precision: What a GPU computes in: "fp32", "bf16" or "fp16".
 
-    It wants `batch_size` images at a time, and takes fewer.
+    It wants `batch_size` images at a time, and takes fewer. `name` is the kind that it has become.
     """
 
     def __init__(
@@ -66,7 +84,7 @@ class TrunkEngine:
         trunk: nn.Module,
         *,
         device: torch.device,
-        images: int,
+        kind: Kind,
         exports: RowStore | None,
         export_key: str,
         reporter: Reporter,
@@ -74,84 +92,72 @@ class TrunkEngine:
     ) -> None:
         self.trunk = trunk
         self.device = device
-        self.images = images
+        self.kind = kind
         self.exports = exports
         self.export_key = export_key
         self.reporter = reporter
         self.half_type = HALF_TYPES.get(precision) if device.type != "cpu" else None
         self.batch_size = BATCH_SIZE if device.type == "cpu" else DEVICE_BATCH_SIZE
-        self.name = "plain"
-        self._network = trunk
+        self.name: Kind = "plain"
         self._compute: Callable[[torch.Tensor], Outputs] = self._plain
-        self._reference: tuple[torch.Tensor, Outputs] | None = None
-        self._may_choose = device.type == "cpu" and not torch.are_deterministic_algorithms_enabled()
-        self._may_export = self._may_choose and exports is not None
-        self._seconds_per_image = 0.0
+        self._has_begun = False
 
     def __call__(self, images_BCHW: torch.Tensor) -> Outputs:
         """Compute the trunk on normalised images (B, C, H, W) float32."""
-        images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+        count = len(images_BCHW)
+        filler = images_BCHW.new_zeros(self.batch_size - count, *images_BCHW.shape[1:])
+        whole_BCHW = torch.cat([images_BCHW, filler]).contiguous(memory_format=torch.channels_last)
         with torch.inference_mode():
-            if self._reference is None:
-                outputs = self._first_batch(images_BCHW)
-            else:
-                started = time.perf_counter()
-                outputs = self._compute(images_BCHW)
-                self._seconds_per_image = (time.perf_counter() - started) / len(images_BCHW)
-            self.images -= len(images_BCHW)
-            if self._may_export and self.images * self._seconds_per_image > EXPORT_REPAID_SECONDS:
-                self._may_export = False
-                self._try_onnx()
-        return outputs
+            outputs = self._compute(whole_BCHW) if self._has_begun else self._first_batch(whole_BCHW, count)
+        self._has_begun = True
+        return tuple(output[:count] for output in outputs)
 
-    def _first_batch(self, images_BCHW: torch.Tensor) -> Outputs:
-        expected = self._plain(images_BCHW)
-        self._reference = images_BCHW, expected
-        if self._may_choose:
+    def _first_batch(self, images_BCHW: torch.Tensor, count: int) -> Outputs:
+        """Compute a batch in every way up to that of `kind`, and go on in the last that agrees with the plain one.
+
+        The first `count` images of it are compared.
+        """
+        outputs = self._plain(images_BCHW)
+        expected = tuple(output[:count] for output in outputs)
+        network = self.trunk
+        if self.kind != "plain":
             folded = fold_batch_norm(self.trunk, images_BCHW[:1])
-            if self._adopt("folded", lambda images: _as_outputs(folded(images))):
-                self._network = folded
-        return expected
+            if found := self._adopt("folded", lambda images: _as_outputs(folded(images)), images_BCHW, expected):
+                outputs, network = found, folded
+        if self.kind == "ONNX Runtime" and (compute := self._onnx(network, images_BCHW)):
+            outputs = self._adopt("ONNX Runtime", compute, images_BCHW, expected) or outputs
+        return outputs
 
     def _plain(self, images_BCHW: torch.Tensor) -> Outputs:
         with torch.autocast(self.device.type, self.half_type, enabled=self.half_type is not None):
             return _as_outputs(self.trunk(images_BCHW.to(self.device, non_blocking=True)))
 
-    def _adopt(self, name: str, compute: Callable[[torch.Tensor], Outputs]) -> bool:
-        """Compute by `compute` from now on, if it agrees with the plain trunk on the first batch."""
-        assert self._reference is not None
-        images_BCHW, expected = self._reference
+    def _adopt(
+        self, name: Kind, compute: Callable[[torch.Tensor], Outputs], images_BCHW: torch.Tensor, expected: Outputs
+    ) -> Outputs | None:
+        """Go on by `compute` if it gives for a batch what is `expected`, and return what it gives then."""
         try:
-            does_agree = agree(expected, compute(images_BCHW))
+            outputs = compute(images_BCHW)
+            does_agree = agree(expected, tuple(output[: len(known)] for output, known in zip(outputs, expected, strict=True)))
         except Exception:  # whatever an engine meets in a network it does not know, the network itself still computes
             does_agree = False
         if not does_agree:
             self.reporter.warn(f"The frozen layers computed otherwise ({name}) give other features; that is not used.")
-            return False
+            return None
         self.name, self._compute = name, compute
-        return True
+        return outputs
 
-    def _try_onnx(self) -> None:
-        """Hand over to ONNX Runtime if it can have the trunk, agrees and is faster."""
-        assert self._reference is not None
-        assert self.exports is not None
-        images_BCHW = self._reference[0]
-        model = self.exports.get(self.export_key)
+    def _onnx(self, network: nn.Module, images_BCHW: torch.Tensor) -> Callable[[torch.Tensor], Outputs] | None:
+        """Return what computes `network` by ONNX Runtime, if it can have it."""
+        model = self.exports.get(self.export_key) if self.exports else None
         if model is None:
-            exported = export_onnx(self._network, images_BCHW.new_zeros(self.batch_size, *images_BCHW.shape[1:]))
+            exported = export_onnx(network, images_BCHW.new_zeros(self.batch_size, *images_BCHW.shape[1:]))
             if exported is None:
-                return
-            self.exports.put(self.export_key, exported)
+                return None
+            if self.exports:
+                self.exports.put(self.export_key, exported)
             model = memoryview(exported)
-        compute = onnx_runtime(bytes(model))
-        if compute is None:
-            return
-        before = self.name, self._compute
-        if self._adopt("ONNX Runtime", compute):
-            started = time.perf_counter()
-            compute(images_BCHW)
-            if time.perf_counter() - started > self._seconds_per_image * len(images_BCHW):
-                self.name, self._compute = before
+        return onnx_runtime(bytes(model))
 
 
 def agree(expected: Outputs, found: Outputs) -> bool:
@@ -228,10 +234,7 @@ def export_onnx(trunk: nn.Module, images_BCHW: torch.Tensor) -> bytes | None:
 
 
 def onnx_runtime(model: bytes) -> Callable[[torch.Tensor], Outputs] | None:
-    """Return what computes an exported trunk, or None if ONNX Runtime cannot.
-
-    Batches smaller than the one it was exported for are filled up.
-    """
+    """Return what computes an exported trunk on batches of the size it was exported for, None if ONNX Runtime cannot."""
     import onnxruntime
 
     try:
@@ -245,10 +248,8 @@ def onnx_runtime(model: bytes) -> Callable[[torch.Tensor], Outputs] | None:
     source = session.get_inputs()[0]
 
     def compute(images_BCHW: torch.Tensor) -> Outputs:
-        whole_BCHW = np.zeros(source.shape, dtype=np.float32)
-        whole_BCHW[: len(images_BCHW)] = images_BCHW.numpy()
-        outputs = session.run(None, {source.name: whole_BCHW})
-        return tuple(torch.from_numpy(output[: len(images_BCHW)]) for output in outputs)
+        outputs = session.run(None, {source.name: images_BCHW.contiguous().numpy()})
+        return tuple(torch.from_numpy(output) for output in outputs)
 
     return compute
 

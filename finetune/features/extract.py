@@ -16,7 +16,7 @@ from finetune.data.decode import Pixels, decode_image, read_scanned_file
 from finetune.data.table import ImageRow, ImageTable
 from finetune.data.transforms import evaluation_transform, to_tensor, training_transform
 from finetune.features.cache import ActivationCache, View, open_activations, open_exports, present
-from finetune.features.engine import TrunkEngine
+from finetune.features.engine import Kind, TrunkEngine, choose_kind
 from finetune.features.trunk import Trunk
 from finetune.runs.processes import ALONE, Processes
 from finetune.runs.records import LabelMap
@@ -49,12 +49,13 @@ class TrunkPass:
     Args:
         trunk: What is computed.
         data_root: Folder of the images, into which nothing is written.
-        images: How many images will probably be computed, from which the engine is chosen.
+        images: How many images there are, in the cache or not and of all processes, from which the engine is chosen.
         device: Where `trunk` is.
         reporter: Told of an engine that is refused and of a disk that refuses.
         view: A random change of every image, instead of the image as evaluation sees it.
         precision: What a GPU computes in: "fp32", "bf16" or "fp16". A CPU always takes float32.
         processes: Those that share the work.
+        engine: That of another pass, to be taken instead of one of its own.
 
     `computed` counts the images that were not in the cache, `seconds` is the time from the first of them to the last,
     decoding and all; `computing_seconds` the part of it that the trunk took.
@@ -71,27 +72,30 @@ class TrunkPass:
         view: View | None = None,
         precision: str = "fp32",
         processes: Processes = ALONE,
+        engine: TrunkEngine | None = None,
     ) -> None:
         spec = trunk.backbone.input_spec
         precision = "fp32" if device.type == "cpu" else precision
         self.short_side_px = spec.resize_px
-        self.cache: ActivationCache = open_activations(trunk, data_root, view=view, precision=precision)
+        kind: Kind = engine.kind if engine else choose_kind(trunk.module, spec, images=images, device=device)
+        self.cache: ActivationCache = open_activations(trunk, data_root, engine=kind, view=view, precision=precision)
         self.computed = 0
         self.seconds = 0.0
         self.computing_seconds = 0.0
         self._began = 0.0
         self.trunk = trunk
         self._data_root = data_root
+        self._images = images
         self._view = view
         self._precision = precision
         self.processes = processes
         self._reporter = reporter
         self._transform = training_transform(spec, view.augmentation) if view else evaluation_transform(spec)
         self._exports = open_exports(trunk, data_root) if device.type == "cpu" else None
-        self.engine = TrunkEngine(
+        self.engine = engine or TrunkEngine(
             trunk.module,
             device=device,
-            images=images,
+            kind=kind,
             exports=self._exports,
             export_key=trunk.weights_sha256,
             reporter=reporter,
@@ -111,21 +115,19 @@ class TrunkPass:
         if self._exports:
             self._exports.close()
 
-    def of_view(self, view: View, *, images: int) -> "TrunkPass":
+    def of_view(self, view: View) -> "TrunkPass":
         """Return a pass over a view of the same images, by the same engine; it ends before this one does."""
-        view_pass = TrunkPass(
+        return TrunkPass(
             self.trunk,
             data_root=self._data_root,
-            images=images,
+            images=self._images,
             device=self.engine.device,
             reporter=self._reporter,
             view=view,
             precision=self._precision,
             processes=self.processes,
+            engine=self.engine,
         )
-        view_pass.engine = self.engine
-        self.engine.images += images
-        return view_pass
 
     def prepare(self, image_HWC: Pixels, sha256: str) -> torch.Tensor | None:
         """Return the picture as the network takes it, (C, H, W) float32; None if the cache has its activations."""

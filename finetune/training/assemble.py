@@ -125,7 +125,7 @@ def _new_job(
                 TrunkPass(
                     study_trunk(config, backbone, images=len(listing.rows)),
                     data_root=listing.root,
-                    images=len(processes.share(listing.rows)),
+                    images=len(listing.rows),
                     device=device,
                     reporter=reporter,
                     precision=precision,

@@ -254,7 +254,7 @@ def activation_datasets(
             with TrunkPass(
                 trunk,
                 data_root=table.root,
-                images=len(part),
+                images=len(table),
                 device=device,
                 reporter=reporter,
                 view=view,

@@ -107,7 +107,7 @@ def study_images(
         if augmentation in GENTLE and has_few_images(train.class_indices_N):
             for number in range(VIEWS_OF_FEW):
                 view = View(augmentation=augmentation, seed=seed, number=number)
-                with trunk_pass.of_view(view, images=len(train)) as view_pass:
+                with trunk_pass.of_view(view) as view_pass:
                     views.append(view_pass.features(learned_from, label_map, reporter).features_ND)
         solve = partial(
             _solve,

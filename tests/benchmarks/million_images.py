@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def measure(count: int, scratch: Path) -> dict[str, Any]:
         shutil.rmtree(cache, ignore_errors=True)
 
 
-def page(found: dict[int, dict[str, Any]]) -> str:
+def page(found: Mapping[Any, dict[str, Any]]) -> str:
     """Return what was found in words."""
     lines = [
         "Random images of 8 by 8 pixels in 1,000 classes, names of 32 letters. Megabytes are what the process grew by",
@@ -109,7 +110,7 @@ def page(found: dict[int, dict[str, Any]]) -> str:
         for stage, first in both["first"]["stages"].items():
             again = both["again"]["stages"][stage]
             lines.append(
-                f"| {count:,} | {stage} | {first['seconds']:.2f} | {again['seconds']:.2f} | {again['mb']:.0f} "
+                f"| {int(count):,} | {stage} | {first['seconds']:.2f} | {again['seconds']:.2f} | {again['mb']:.0f} "
                 f"| {first['peak_mb']:.0f} | {again['peak_mb']:.0f} |"
             )
     lines += ["", "| images | start-up first, s | start-up second, s | an epoch's order, s | cache, MB |"]
@@ -119,7 +120,9 @@ def page(found: dict[int, dict[str, Any]]) -> str:
             sum(both[which]["stages"][stage]["seconds"] for stage in STAGES) for which in ("first", "again")
         )
         shuffling = both["again"]["stages"]["shuffling"]["seconds"]
-        lines.append(f"| {count:,} | {first:.1f} | {again:.1f} | {shuffling:.2f} | {both['cache_mb']:.0f} |")
+        lines.append(f"| {int(count):,} | {first:.1f} | {again:.1f} | {shuffling:.2f} | {both['cache_mb']:.0f} |")
+    largest = found[max(found, key=int)]
+    lines += ["", f"The interpreter and the libraries take {largest['first']['before_mb']:.0f} MB beside that."]
     return "\n".join(lines) + "\n"
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import finetune.features.engine as engine_module
 import finetune.features.extract as extract_module
 from finetune.data.decode import decode_image
 from finetune.data.listing import list_images
@@ -100,7 +101,7 @@ def test_a_scan_that_is_looked_on_leaves_nothing_to_compute(
     monkeypatch.undo()
     monkeypatch.setenv("FINETUNE_CACHE", str(folder.parent / "other"))
     alone = trunk_pass(pooled_trunk(backbone)).features(table, LABELS, LoggingReporter())
-    np.testing.assert_allclose(seen.features_ND, alone.features_ND, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(seen.features_ND, alone.features_ND)
 
 
 def test_a_second_pass_computes_nothing_and_reads_the_same_bits(
@@ -120,6 +121,21 @@ def test_the_next_pass_computes_only_what_is_missing(trunk_pass: Begin, folder: 
     rest = trunk_pass(pooled_trunk(backbone))
     rest.fill(table, LoggingReporter())
     assert rest.computed == 7
+
+
+@pytest.mark.parametrize("repaid", [np.inf, 0.0])
+def test_what_was_computed_before_a_kill_changes_no_bit_of_what_is_after(
+    trunk_pass: Begin, folder: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch, repaid: float
+) -> None:
+    monkeypatch.setattr(engine_module, "EXPORT_REPAID", repaid)
+    table = table_of(folder)
+    whole = trunk_pass(pooled_trunk(backbone))
+    expected = whole.features(table, LABELS, LoggingReporter()).features_ND
+    assert whole.engine.name == ("folded" if repaid else "ONNX Runtime")
+    monkeypatch.setenv("FINETUNE_CACHE", str(folder.parent / "other"))
+    trunk_pass(pooled_trunk(backbone)).fill(ImageTable(table.root, table.rows[:11]), LoggingReporter())
+    found = trunk_pass(pooled_trunk(backbone)).features(table, LABELS, LoggingReporter()).features_ND
+    np.testing.assert_array_equal(found, expected)
 
 
 def _change_weights(backbone: Backbone, folder: Path) -> Backbone:

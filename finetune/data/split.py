@@ -1,6 +1,7 @@
 """Which images are learned from and which are held back: decided once, written to `split.csv`, read back ever after."""
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from finetune.data.table import SPLITS, Array, ImageRow, ImageTable, Rows, Split
 from finetune.errors import ConfigError, DataError, RunError, first_ten
 
 TRAIN, VALID = SPLITS.index("train"), SPLITS.index("valid")
-_COLUMNS = ("image_path", "label", "split", "group")
+_COLUMNS = ("image_path", "label", "split", "group", "sha256")
+_SHA256 = re.compile("[0-9a-f]{64}|")
 
 
 def split_table(table: ImageTable, *, seed: int, valid_fraction: float = 0.2) -> ImageTable:
@@ -51,12 +53,12 @@ def split_table(table: ImageTable, *, seed: int, valid_fraction: float = 0.2) ->
 
 
 def write_split_csv(table: ImageTable, path: Path) -> None:
-    """Write `image_path,label,split,group` for every image.
+    """Write `image_path,label,split,group,sha256` for every image.
 
     Raises:
         StorageError: if it cannot be written.
     """
-    rows = ((row.image_path, row.label, row.split or "", row.group or "") for row in table.rows)
+    rows = ((row.image_path, row.label, row.split or "", row.group or "", row.sha256) for row in table.rows)
     write_csv(path, columns=_COLUMNS, rows=rows)
 
 
@@ -73,12 +75,15 @@ def read_split_csv(path: Path) -> Rows:
 
 
 def _split_rows(path: Path) -> Iterator[ImageRow]:
-    for number, values in read_csv(path, required=_COLUMNS):
+    for number, values in read_csv(path, required=_COLUMNS[:-1]):
         if values["split"] not in ("", *SPLITS):
             raise DataError(f"{path}, row {number}: unknown split {values['split']!r}, expected {', '.join(SPLITS)}")
+        sha256 = values.get("sha256", "")
+        if not _SHA256.fullmatch(sha256):
+            raise DataError(f"{path}, row {number}: {sha256!r} is no SHA-256 in hexadecimal digits")
         split = cast(Split, values["split"]) if values["split"] else None
         group = values["group"] or None
-        yield ImageRow(image_path=values["image_path"], label=values["label"], split=split, group=group)
+        yield ImageRow(image_path=values["image_path"], label=values["label"], split=split, group=group, sha256=sha256)
 
 
 def apply_split(table: ImageTable, path: Path) -> ImageTable:
@@ -86,7 +91,7 @@ def apply_split(table: ImageTable, path: Path) -> ImageTable:
 
     Raises:
         RunError: if there is no such file.
-        DataError: if it is damaged, or images are new, gone or have another label; each is listed.
+        DataError: if it is damaged, or images are new, gone, changed or have another label; each is listed.
     """
     rows, recorded = sort_by_path(table.rows), read_split_csv(path)
     _refuse_differences(rows, recorded, f"the images of {table.root} are not those of {path}")
@@ -94,18 +99,24 @@ def apply_split(table: ImageTable, path: Path) -> ImageTable:
 
 
 def _refuse_differences(rows: Rows, recorded: Rows, message: str) -> None:
-    pairs = ((row.image_path, row.label) == (other.image_path, other.label) for row, other in zip(rows, recorded))  # noqa: B905
-    if len(rows) == len(recorded) and all(pairs):
+    if len(rows) == len(recorded) and all(map(_is_recorded, rows, recorded)):
         return
-    here, there = ({row.image_path: row.label for row in each} for each in (rows, recorded))
+    here, there = ({row.image_path: row for row in each} for each in (rows, recorded))
+    both = [(row, there[image_path]) for image_path, row in here.items() if image_path in there]
     differences = {
         "new": [image_path for image_path in here if image_path not in there],
         "gone": [image_path for image_path in there if image_path not in here],
-        "of another label": [name for name, label in here.items() if there.get(name, label) != label],
+        "of another label": [row.image_path for row, before in both if row.label != before.label],
+        "changed": [row.image_path for row, before in both if before.sha256 not in ("", row.sha256)],
     }
     found = [f"{len(names)} {what}: {first_ten(map(repr, names))}" for what, names in differences.items() if names]
     found = found or ["some stand in it more than once"]
     raise DataError(f"{message}; {'; '.join(found)}", hint="restore the images, or train into a new run folder")
+
+
+def _is_recorded(row: ImageRow, recorded: ImageRow) -> bool:
+    is_same = (row.image_path, row.label) == (recorded.image_path, recorded.label)
+    return is_same and recorded.sha256 in ("", row.sha256)  # a split.csv of one's own may have none
 
 
 def _places_to_split(rows: Rows) -> Array:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from weakref import WeakSet
 
 from finetune.errors import RunError, StorageError, first_ten
 from finetune.runs import strict_json
@@ -267,6 +268,18 @@ def is_training(run: RunFolder) -> bool:
     return False
 
 
+_locks: WeakSet[IO[str]] = WeakSet()
+
+
+def _leave_locks() -> None:
+    """Let the locks be their parent's alone: a forked process that outlives it would hold its folder."""
+    for file in _locks:
+        file.close()
+
+
+os.register_at_fork(after_in_child=_leave_locks)
+
+
 @contextmanager
 def hold_folder(path: Path, *, patience_seconds: float = 0.0) -> Iterator[None]:
     """Make the folder `path`, if need be, and hold it against other processes by its `.lock`.
@@ -285,6 +298,7 @@ def hold_folder(path: Path, *, patience_seconds: float = 0.0) -> Iterator[None]:
             f"cannot write to the run folder {path}: {error.strerror}", "choose another --output"
         ) from error
     with file:
+        _locks.add(file)
         for patience in range(GLANCES + round(patience_seconds / GLANCE_SECONDS), -1, -1):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # in the environment, how often torchrun of this machine has restarted the job
-STEP_TIMEOUT = timedelta(minutes=5)  # for what all do at the same pace: a training step
+STEP_TIMEOUT = timedelta(minutes=5)  # for what all do at the same pace: a training step, an evaluation, a save
 WORK_TIMEOUT = timedelta(days=1)  # where some wait for the long work of others; a process that ends is noticed at once
 MEETING_POLL_SECONDS = 0.05
 
@@ -41,6 +41,8 @@ class Processes:
     local_count: int = 1
     group: Any = None
     """Over which they talk, by way of the CPU."""
+    step_group: Any = None
+    """The same, given up by who has waited for as long as a step may take."""
     store: Any = None
     """What torchrun keeps for its job, over restarts too."""
     is_restarted: bool = False
@@ -50,6 +52,10 @@ class Processes:
     def is_main(self) -> bool:
         """Whether this is the one that writes and speaks."""
         return self.rank == 0
+
+    def in_step(self) -> "Processes":
+        """Return them as they are while all work at one pace, so that one that hangs is noticed."""
+        return replace(self, group=self.step_group)
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Return every `count`-th of `items`: those that are this process's to do."""
@@ -215,6 +221,7 @@ def join_processes(device: str) -> Processes:
         local_rank=state.local_process_index,
         local_count=local_count,
         group=distributed.new_group(backend="gloo", timeout=WORK_TIMEOUT),
+        step_group=distributed.new_group(backend="gloo", timeout=STEP_TIMEOUT),
         store=store if is_torchrun else None,
         is_restarted=is_restarted,
     )

@@ -40,7 +40,6 @@ from finetune.training.plan import Plan, phases_text, plan_phases
 from finetune.training.progress import Progress
 from finetune.training.start import is_studied, is_studied_by_sample, start_network, study_trunk
 
-OTHER_IMAGES = "the images are not those that training began with"
 ANEW = "train anew with another --output"
 
 
@@ -65,7 +64,7 @@ def assemble(
     """
     device = resolve_device(config.device)
     seed_everything(config.seed)
-    budget = Budget(parse_seconds(config.budget), began=began, processes=processes) if config.budget else None
+    budget = Budget(parse_seconds(config.budget), began=began, processes=processes.in_step()) if config.budget else None
     if config.resume:
         job, saved = _saved_job(config, run, listing, device, reporter, processes=processes)
         job.budget, job.is_fold = budget, is_fold
@@ -73,7 +72,10 @@ def assemble(
         job.fit_budget()
         torch.manual_seed(config.seed + processes.rank)  # for one more process than there were
         saved_plan = saved.values["identity"]["plans"][job.progress.phase]
-        job.progress = restore_state(saved, job.learner, is_longer=job.plan.epochs > saved_plan["epochs"])
+        is_longer = job.plan.epochs > saved_plan["epochs"]
+        job.progress = restore_state(saved, job.learner, is_longer=is_longer)
+        if is_longer:
+            job.progress.longer_from = job.progress.epoch
         if processes.is_main:
             _forget_later_events(run, saved)
     else:
@@ -211,7 +213,7 @@ def _saved_job(
     _refuse_other_phases(config, plans, names, run, had_phases=bool(identity["phases"]))
     table, label_map = _images(config, run, listing, onlooker=None, processes=processes, reporter=reporter)
     if identity["data_fingerprint"] != table.fingerprint():
-        raise RunError(f"{run.path} cannot be resumed: {OTHER_IMAGES}", ANEW)
+        raise RunError(f"{run.path} cannot be resumed: its split.csv is not the one that training began with", ANEW)
     if plans[0].head_inputs:
         attach_saved_stage_outputs(
             backbone.module,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from finetune.errors import RunError, StorageError
+from finetune.errors import RunError, StorageError, first_ten
 from finetune.runs import strict_json
 from finetune.runs.folder import RunFolder, sync_folder, write_whole
 from finetune.runs.reporting import Reporter
@@ -28,12 +28,17 @@ from finetune.training.step import Learner
 
 Tensors = dict[str, torch.Tensor]
 
-FORMAT_NUMBER = 5
+FORMAT_NUMBER = 6
 SAVE_EVERY_SECONDS = 600.0
-TRAINING_PER_SAVE = 30  # seconds that must go by after a save for each second that it took
+TRAINING_PER_SAVE = 33  # seconds that must go by after a save for each second that it took: 3 % of the time at most
 KEPT = 2  # newest saves kept, beside the best
 FAILURES_BORNE = 3  # saves in a row that a full disk may spoil before training stops
+FREE_SPACE = "free some space, then --resume"
 POINTER = "latest"
+STATE_NAMES = frozenset(
+    {"format_number", "progress", "schedule", "scaler", "optimizer_groups", "parts", "identity", "metrics_bytes"}
+)
+"""The fields of state.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +77,7 @@ class Checkpointer:
         self.identity = identity
         self.reporter = reporter
         self.failures = 0
+        self.refusal = ""  # of the last save
         self.saved_at = time.monotonic()
         self.save_seconds = 0.0
 
@@ -102,15 +108,14 @@ class Checkpointer:
         started = time.monotonic()
         self.learner.collect()
         generators, optimizer = self.learner.processes.gather(pack_generators()), _pack_optimizer(self.learner)
-        refusal = self.learner.processes.from_main(lambda: self._refusal(progress, generators, optimizer))
-        if refusal:
+        self.refusal = self.learner.processes.from_main(lambda: self._refusal(progress, generators, optimizer))
+        if self.refusal:
             self.failures += 1
             if self.failures >= FAILURES_BORNE:
                 raise StorageError(
-                    f"{self.run.checkpoints} refused {self.failures} saves in a row: {refusal}",
-                    "free some space, then --resume",
+                    f"{self.run.checkpoints} refused {self.failures} saves in a row: {self.refusal}", FREE_SPACE
                 )
-            self.reporter.warn(f"the training state could not be saved ({refusal}); the one before is kept.")
+            self.reporter.warn(f"the training state could not be saved ({self.refusal}); the one before is kept.")
         else:
             self.failures = 0
         self.saved_at = time.monotonic()
@@ -189,20 +194,35 @@ def write_state(
 def read_state(run: RunFolder, reporter: Reporter) -> SavedState:
     """Return the newest save whose manifest verifies; damaged ones are told, with the reason, and put out of the way.
 
+    The best weights so far may lie in an earlier save. Where that is damaged, its own are the best there are.
+
     Raises:
         RunError: No save verifies.
+        StorageError: The disk cannot be read, which says nothing of what is on it.
     """
+    _put_back(run.checkpoints)
     for folder in sorted(run.checkpoints.glob("step-*"), reverse=True):
         try:
             state = _verified(folder)
-            return replace(state, best=_read_best(state))
-        except RunError:
-            raise  # whole, but of another version
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reporter.warn(f"passed over the damaged training state {folder.name}: {error}")
+        except _Damage as damage:
+            reporter.warn(f"passed over the damaged training state {folder.name}: {damage}")
             with suppress(OSError):  # out of the way of the save that will have its name
                 folder.rename(folder.with_name(f".{folder.name}.damaged.part"))
+            continue
+        try:
+            return replace(state, best=_read_best(state))
+        except _Damage as damage:
+            reporter.warn(f"the best weights so far are lost ({damage}); those of {folder.name} take their place.")
+            return _best_of_itself(state)
     raise RunError(f"{run.path} holds no training state to resume from", "train anew with --overwrite")
+
+
+def _put_back(folder: Path) -> None:
+    """Give a save its name again that was to be replaced when the process was killed."""
+    for old in folder.glob(".step-*.old.part"):
+        saved = folder / old.name.split(".")[1]
+        if not saved.exists():
+            old.rename(saved)
 
 
 def restore_state(state: SavedState, learner: Learner, *, is_longer: bool) -> Progress:
@@ -212,7 +232,7 @@ def restore_state(state: SavedState, learner: Learner, *, is_longer: bool) -> Pr
     longer one is at that step.
 
     Raises:
-        RunError: The best weights so far are gone, or the optimiser moves other parameters.
+        RunError: The optimiser moves other parameters.
     """
     progress = Progress.from_json(state.values["progress"], state.best, state.start)
     first_rates = [float(group["lr"]) for group in learner.optimizer.param_groups]
@@ -233,22 +253,25 @@ def restore_state(state: SavedState, learner: Learner, *, is_longer: bool) -> Pr
 
 
 def _read_best(state: SavedState) -> Tensors:
-    """Return the best weights known when `state` was saved.
+    """Return the best weights known when `state` was saved, which may lie in an earlier save.
 
     Raises:
-        RunError: Their save is gone or damaged.
+        _Damage: That one does not verify.
     """
     if state.best:
         return state.best
     best = state.folder.with_name(f"step-{state.values['progress']['best_step']:09d}")
-    if best == state.folder:
-        return state.scored
-    try:
-        return _verified(best).scored
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(
-            f"the best weights so far, {best}, cannot be read: {error}", "train anew with --overwrite"
-        ) from error
+    return state.scored if best == state.folder else _verified(best).scored
+
+
+def _best_of_itself(state: SavedState) -> SavedState:
+    """Return `state` as if its own weights were the best so far, with the last score there is."""
+    progress = state.values["progress"]
+    history = progress["history"]
+    accuracy = [history["start_accuracy"], *history["valid_accuracy"]][-1]
+    history |= {"best_accuracy": accuracy, "best_epoch": progress["epoch"]}
+    progress["best_step"] = progress["global_step"]
+    return replace(state, best=state.scored)
 
 
 def _step_folder(run: RunFolder, step: int) -> Path:
@@ -278,8 +301,11 @@ def _place(target: Path, files: Mapping[str, bytes]) -> None:
 
 def _prune(folder: Path) -> None:
     """Delete all saves but the newest, and those that hold the best weights of one of these."""
-    for part in folder.glob(".step-*.part"):  # of a process that was killed; the run folder's lock is ours
-        shutil.rmtree(part, ignore_errors=True)
+    for part in folder.glob(".*.part"):  # of a process that was killed; the run folder's lock is ours
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
     saves = sorted(folder.glob("step-*"))
     kept = set()
     for newest in saves[-KEPT:]:
@@ -292,7 +318,31 @@ def _prune(folder: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
+class _Damage(Exception):  # noqa: N818 (it is no error of a caller's)
+    """What is wrong with a save."""
+
+
 def _verified(folder: Path) -> SavedState:
+    """Return what a save holds.
+
+    Raises:
+        _Damage: It is not whole.
+        RunError: It is of another version.
+        StorageError: The disk cannot be read.
+    """
+    try:
+        return _checked(folder)
+    except RunError:
+        raise
+    except FileNotFoundError as error:
+        raise _Damage(f"{folder.name}/{Path(str(error.filename)).name} is missing") from error
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be read: {error}", "try again when the disk can be read") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _Damage(f"{folder.name}: {error}") from error
+
+
+def _checked(folder: Path) -> SavedState:
     manifest = strict_json.parse((folder / "manifest.json").read_bytes())
     files: dict[str, bytes] = {}
     for name, entry in manifest.items():
@@ -305,6 +355,9 @@ def _verified(folder: Path) -> SavedState:
             f"{folder} has format {values['format_number']}, where this version reads {FORMAT_NUMBER}",
             "go on with the version of finetune that wrote it, or train anew with another --output",
         )
+    for found, expected in ((values, STATE_NAMES), (values["progress"], Progress().to_json().keys())):
+        if set(found) != set(expected):
+            raise ValueError(f"state.json has other fields: {first_ten(sorted(set(found) ^ set(expected)))}")
     return SavedState(
         folder=folder,
         model=load(files["model.safetensors"]),

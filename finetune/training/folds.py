@@ -22,16 +22,15 @@ from finetune.config.yaml_io import from_yaml, to_yaml
 from finetune.data.check import require_trainable
 from finetune.data.listing import Listing
 from finetune.data.read import read_images
-from finetune.data.split import TRAIN, VALID, components, write_split_csv
+from finetune.data.split import TRAIN, VALID, apply_split, components, write_split_csv
 from finetune.data.table import SPLITS, Array, ImageTable
 from finetune.errors import DataError, RunError, first_ten
 from finetune.evaluation.infer import Predictions
 from finetune.evaluation.scores import Scores
-from finetune.runs import strict_json
 from finetune.runs.folder import RunFolder, open_run, write_whole
 from finetune.runs.processes import Processes
 from finetune.runs.reporting import Reporter
-from finetune.training.assemble import ANEW, OTHER_IMAGES, assemble, refuse_changes
+from finetune.training.assemble import ANEW, assemble, refuse_changes
 from finetune.training.job import Job, fixed_options
 from finetune.training.run import predict_start, run_job
 
@@ -155,13 +154,12 @@ def _refuse_changes(config: TrainConfig, run: RunFolder) -> None:
 
 def _write_plan(config: TrainConfig, run: RunFolder, table: ImageTable) -> None:
     """Write down what is divided into folds, and how all are to be trained; a resume must find the same images."""
-    plan, fingerprint = run.folds / "plan.json", table.fingerprint()
+    plan = run.folds / "images.csv"
     if config.resume and plan.exists():
-        if strict_json.parse(plan.read_bytes())["data_fingerprint"] != fingerprint:
-            raise RunError(f"{run.path} cannot be resumed: {OTHER_IMAGES}", ANEW)
+        apply_split(table, plan)
         return
     run.folds.mkdir(exist_ok=True)
-    write_whole(plan, strict_json.dump({"data_fingerprint": fingerprint}))
+    write_split_csv(table, plan)
     write_whole(run.config, to_yaml(_lasting(config)))
 
 

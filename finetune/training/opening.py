@@ -57,6 +57,9 @@ def _open(config: TrainConfig, stack: ExitStack, processes: Processes) -> tuple[
     config = replace(config, output=config.output or next_free_folder(config.data, config.model))
     assert config.output is not None
     require_outside(config.output, config, listing)
+    before = RunFolder(config.output)
+    if config.resume and before.config.exists() and not _has_saves(before) and not before.model.exists():
+        config = replace(config, resume=False, overwrite=True)  # it was killed before its first save: it begins again
     patience = RESTART_SECONDS if folder else 0.0
     run = stack.enter_context(
         open_run(config.output, resume=config.resume, overwrite=config.overwrite, patience_seconds=patience)
@@ -70,6 +73,10 @@ def _going_on(config: TrainConfig, folder: Path) -> TrainConfig:
     if config.resume:
         return config
     run = RunFolder(folder)
-    if any(run.checkpoints.glob("step-*")) or run.folds.is_dir():
+    if _has_saves(run):
         return replace(from_yaml(run.config), output=folder, resume=True)
     return replace(config, output=folder, overwrite=True)
+
+
+def _has_saves(run: RunFolder) -> bool:
+    return any(run.checkpoints.glob("step-*")) or run.folds.is_dir()

@@ -81,12 +81,14 @@ class Progress:
     """Position, sums and best weights. `epoch` and `step` count what is done; `step` starts anew each epoch.
 
     `phase` counts the phases that are over, and `phase_epoch` and `phase_step` the epochs and all steps in them.
+    `longer_from` is the epoch after which a resume last asked for more of them.
     `epochs` and `images_per_epoch` say what is planned, the former up to the end of the phase.
     """
 
     phase: int = 0
     phase_epoch: int = 0
     phase_step: int = 0
+    longer_from: int = 0
     epoch: int = 0
     step: int = 0
     global_step: int = 0
@@ -138,6 +140,7 @@ class Progress:
             "phase": self.phase,
             "phase_epoch": self.phase_epoch,
             "phase_step": self.phase_step,
+            "longer_from": self.longer_from,
             "epoch": self.epoch,
             "step": self.step,
             "global_step": self.global_step,
@@ -159,6 +162,7 @@ class Progress:
             phase=values["phase"],
             phase_epoch=values["phase_epoch"],
             phase_step=values["phase_step"],
+            longer_from=values["longer_from"],
             epoch=values["epoch"],
             step=values["step"],
             global_step=values["global_step"],

@@ -8,12 +8,13 @@ from contextlib import ExitStack, closing
 
 from finetune.data.csv_files import write_csv
 from finetune.data.loaders import readable
+from finetune.errors import StorageError
 from finetune.evaluation.infer import Predictions, predict_batches
 from finetune.evaluation.scores import Scores, score
 from finetune.models.freezing import stage_summary
 from finetune.runs.model_file import ModelMetadata, save_model_file
 from finetune.runs.reporting import Reporter
-from finetune.training.checkpoint import Checkpointer
+from finetune.training.checkpoint import FREE_SPACE, Checkpointer
 from finetune.training.job import Job
 from finetune.training.loop import run_epochs
 from finetune.training.progress import Watcher
@@ -36,16 +37,16 @@ def run_job(job: Job, reporter: Reporter, *, watchers: Sequence[Watcher] = ()) -
         KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; the state is saved and `--resume` goes on from it.
         DataError: An image can no longer be read, or a process that decodes died or hangs.
         DivergedError: The loss is no longer finite.
-        StorageError: The disk has refused several saves.
+        StorageError: The disk has refused several saves, or that of an interrupt.
     """
     started = time.monotonic()
-    with Interruption(job.processes) as interruption, ExitStack() as stack:
+    with Interruption(job.processes.in_step()) as interruption, ExitStack() as stack:
         recorder = EpochRecorder(job.run, reporter) if job.processes.is_main else None
         others = [recorder, *watchers] if recorder else list(watchers)
         if job.config.tracker != "none" and job.processes.is_main:
-            others.append(stack.enter_context(closing(Tracking(job.config.tracker, job.run, job.config))))
+            others.append(stack.enter_context(closing(Tracking(job.config.tracker, job.run, job.config, reporter))))
         while True:
-            _run_phase(job, interruption, others, reporter)
+            refusal = _run_phase(job, interruption, others, reporter)
             is_out_of_time = job.budget is not None and job.budget.is_used_up
             if job.is_last_phase or job.progress.is_interrupted or is_out_of_time:
                 break
@@ -53,6 +54,10 @@ def run_job(job: Job, reporter: Reporter, *, watchers: Sequence[Watcher] = ()) -
             job.enter_phase()
     if interruption.received is not None and job.progress.is_interrupted:
         folder = job.folder or job.run.path
+        if refusal:
+            raise StorageError(
+                f"interrupted, and the training state could not be saved ({refusal}); the one before is kept", FREE_SPACE
+            )
         reporter.say(f"Interrupted; the state is saved. Go on with: finetune train --output {folder} --resume")
         if interruption.received == signal.SIGINT:
             raise KeyboardInterrupt
@@ -63,7 +68,8 @@ def run_job(job: Job, reporter: Reporter, *, watchers: Sequence[Watcher] = ()) -
     return _write_results(job, reporter)
 
 
-def _run_phase(job: Job, interruption: Interruption, others: Sequence[Watcher], reporter: Reporter) -> None:
+def _run_phase(job: Job, interruption: Interruption, others: Sequence[Watcher], reporter: Reporter) -> str:
+    """Train the phase that `job` is in and return why the last save was refused, nothing if it was not."""
     _tell_what_learns(job, reporter)
     checkpointer = Checkpointer(job.run, job.learner, identity=job.identity(), reporter=reporter)
     watchers: list[Watcher] = [interruption, ProgressBar(reporter)]
@@ -83,6 +89,9 @@ def _run_phase(job: Job, interruption: Interruption, others: Sequence[Watcher], 
         progress=job.progress,
         watchers=[*watchers, checkpointer],
     )
+    if not job.plan.epochs and job.progress.is_new and job.plan.head_start != "neighbours" and not job.is_fold:
+        checkpointer.save(job.progress)  # for a resume with epochs
+    return checkpointer.refusal
 
 
 def _tell_what_learns(job: Job, reporter: Reporter) -> None:

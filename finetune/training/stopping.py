@@ -24,8 +24,9 @@ class EarlyStopping:
         """Nothing to do."""
 
     def epoch_ended(self, progress: Progress) -> None:
-        """Stop when the best epoch lies `patience` epochs back."""
-        if progress.epoch - max(progress.history.best_epoch, progress.phase_epoch) >= self.patience:
+        """Stop when the best epoch, or the one at which it was made longer, lies `patience` epochs back."""
+        since = max(progress.history.best_epoch, progress.phase_epoch, progress.longer_from)
+        if progress.epoch - since >= self.patience:
             progress.stop_reason = f"no better validation accuracy for {self.patience} epochs"
 
 

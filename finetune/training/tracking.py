@@ -1,6 +1,8 @@
 """The epochs of a training sent to an experiment tracker, by way of accelerate."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -10,6 +12,7 @@ from accelerate import Accelerator
 from finetune.config.schema import TrainConfig
 from finetune.errors import MissingExtraError
 from finetune.runs.folder import RunFolder
+from finetune.runs.reporting import Reporter
 from finetune.training.progress import Progress
 
 TrackerName = Literal["tensorboard", "mlflow", "wandb", "trackio"]
@@ -30,10 +33,14 @@ def require_tracker(name: str) -> None:
 class Tracking:
     """A watcher that logs the scores of every epoch under its number; the scores of the start are those of epoch 0.
 
-    TensorBoard's files lie in the run folder; the others keep theirs where their own settings say.
+    TensorBoard's files lie in the run folder; the others keep theirs where their own settings say. No training is lost
+    with a tracker that fails: that is told, and no more is sent to it.
     """
 
-    def __init__(self, name: TrackerName, run: RunFolder, config: TrainConfig) -> None:
+    def __init__(self, name: TrackerName, run: RunFolder, config: TrainConfig, reporter: Reporter) -> None:
+        self.name = name
+        self.reporter = reporter
+        self.has_failed = False
         self.accelerator = Accelerator(log_with=name, project_dir=run.path)
         values = {option: value if _is_plain(value) else str(value) for option, value in asdict(config).items()}
         own: dict[str, dict[str, Any]] = {
@@ -42,7 +49,8 @@ class Tracking:
             "trackio": {"name": run.path.name},
         }
         project = run.tensorboard.name if name == "tensorboard" else PROJECT
-        self.accelerator.init_trackers(project, config=values, init_kwargs={name: own.get(name, {})})
+        with self._failures():
+            self.accelerator.init_trackers(project, config=values, init_kwargs={name: own.get(name, {})})
 
     def epoch_started(self, progress: Progress) -> None:
         """Log the scores of the start, before the first epoch."""
@@ -59,11 +67,24 @@ class Tracking:
 
     def close(self) -> None:
         """Write what is left."""
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+        with self._failures():
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
 
     def _log(self, values: dict[str, float], epoch: int) -> None:
-        self.accelerator.log({name: value for name, value in values.items() if math.isfinite(value)}, step=epoch)
+        if not self.has_failed:
+            with self._failures():
+                scores = {name: value for name, value in values.items() if math.isfinite(value)}
+                self.accelerator.log(scores, step=epoch)
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # each tracker has its own, of networks, accounts and disks
+            if not self.has_failed:
+                self.reporter.warn(f"{self.name} fails ({error}); metrics.jsonl has what it will lack from here on.")
+            self.has_failed = True
 
 
 def _is_plain(value: object) -> bool:

@@ -240,11 +240,10 @@ def test_written_split_is_read_back(tmp_path):
     ]
     write_split_csv(table_of(*rows), tmp_path / "split.csv")
     entries = read_split_csv(tmp_path / "split.csv")
-    bare_rows = [replace(row, sha256="", perceptual_hash=None) for row in rows]
-    assert list(entries) == sorted(bare_rows, key=lambda row: row.image_path)
+    assert list(entries) == sorted(rows, key=lambda row: row.image_path)
     bare = table_of(*(replace(row, split=None, group=None) for row in rows))
     assert list(apply_split(bare, tmp_path / "split.csv").rows) == sorted(rows, key=lambda row: row.image_path)
-    assert (tmp_path / "split.csv").read_bytes().startswith(b'"image_path","label","split","group"\n')
+    assert (tmp_path / "split.csv").read_bytes().startswith(b'"image_path","label","split","group","sha256"\n')
 
 
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
@@ -269,13 +268,24 @@ def test_real_names_survive_from_the_folder_to_the_file_and_back(data, tmp_path)
 
 
 def test_changed_images_are_listed(tmp_path):
-    rows = singles("a", 3, split="train")
+    rows = [replace(row, sha256=f"{n:064x}") for n, row in enumerate(singles("a", 4, split="train"))]
     write_split_csv(table_of(*rows), tmp_path / "split.csv")
-    changed = table_of(rows[0], replace(rows[1], label="b"), ImageRow(image_path="new.png", label="a"))
+    changed = table_of(
+        rows[0],
+        replace(rows[1], label="b"),
+        replace(rows[3], sha256="f" * 64),
+        ImageRow(image_path="new.png", label="a"),
+    )
     with pytest.raises(DataError) as caught:
         apply_split(changed, tmp_path / "split.csv")
-    for part in ("1 new: 'new.png'", "1 gone: 'a/2.png'", "1 of another label: 'a/1.png'"):
+    for part in ("1 new: 'new.png'", "1 gone: 'a/2.png'", "1 of another label: 'a/1.png'", "1 changed: 'a/3.png'"):
         assert part in caught.value.message
+
+
+def test_a_split_without_hashes_does(tmp_path):
+    (tmp_path / "split.csv").write_text("image_path,label,split,group\na/0.png,a,train,\n")
+    row = ImageRow(image_path="a/0.png", label="a", sha256="f" * 64)
+    assert list(apply_split(table_of(row), tmp_path / "split.csv").rows) == [replace(row, split="train")]
 
 
 def test_absent_split_file(tmp_path):
@@ -289,6 +299,7 @@ def test_absent_split_file(tmp_path):
         ("image_path,label,split\n", "lacks the column group"),
         ("image_path,label,split,group\na,b,Train,\n", "row 2: unknown split 'Train'"),
         ("", "lacks the column"),
+        ("image_path,label,split,group,sha256\na,b,train,,f00\n", "row 2: 'f00' is no SHA-256"),
     ],
 )
 def test_damaged_split_file(text, part, tmp_path):

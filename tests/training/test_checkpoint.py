@@ -1,9 +1,10 @@
 """Training state: what is written, verified, kept, and gone on from."""
 
 import copy
+import errno
+import hashlib
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -210,76 +211,6 @@ def test_nothing_is_pickled_and_json_is_strict(run: RunFolder, make_learner: Cal
     json.loads(state.read_text(), parse_constant=pytest.fail)
 
 
-class FileWith:
-    """A file some of whose methods are others."""
-
-    def __init__(self, file: Any, **methods: Callable[..., Any]) -> None:
-        self.file = file
-        self.__dict__.update(methods)
-
-    def __enter__(self) -> "FileWith":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-
-def test_a_save_is_durable_before_it_gets_its_name(
-    run: RunFolder, make_learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each file is written and synced, then the folder, then renamed, then the parent; then the pointer likewise."""
-    happened: list[str] = []
-    fsync, rename, replace, open_file = os.fsync, Path.rename, Path.replace, Path.open
-
-    def note_open(self: Path, *arguments: Any, **options: Any) -> Any:
-        file = open_file(self, *arguments, **options)
-
-        def noted(what: str) -> Callable[..., Any]:
-            def act(*data: bytes) -> None:
-                happened.append(f"{what} {self.name}")
-                getattr(file, what)(*data)
-
-            return act
-
-        return FileWith(file, write=noted("write"), flush=noted("flush")) if "wb" in arguments else file
-
-    def note_fsync(descriptor: int) -> None:
-        happened.append("fsync " + Path(f"/proc/self/fd/{descriptor}").readlink().name)
-        fsync(descriptor)
-
-    def note_rename(self: Path, target: Path) -> Path:
-        happened.append(f"rename {Path(target).name}")
-        return rename(self, target)
-
-    def note_replace(self: Path, target: Path) -> Path:
-        happened.append(f"replace {Path(target).name}")
-        return replace(self, target)
-
-    learner = make_learner()
-    progress = Progress()
-    progress.keep_best(learner.model, 0.5)
-    monkeypatch.setattr(Path, "open", note_open)
-    monkeypatch.setattr(os, "fsync", note_fsync)
-    monkeypatch.setattr(Path, "rename", note_rename)
-    monkeypatch.setattr(Path, "replace", note_replace)
-    checkpoint.write_state(run, learner, progress, identity=IDENTITY)
-    part = f".step-000000000.{os.getpid()}.part"
-    written = ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json"]
-    pointer = f".latest.{os.getpid()}.part"
-    assert happened == [
-        *(f"{what} {name}" for name in written for what in ("write", "flush", "fsync")),
-        f"fsync {part}",
-        "rename step-000000000",
-        "fsync checkpoints",
-        *(f"{what} {pointer}" for what in ("write", "flush", "fsync")),
-        "replace latest",
-        "fsync checkpoints",
-    ]
-
-
 def test_a_full_disk_keeps_the_old_save_and_stops_at_the_third_refusal(
     run: RunFolder, make_learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,77 +237,85 @@ def test_the_optimiser_of_other_parameters_is_refused(run: RunFolder, make_learn
         restore_state(read_state(run, Heard()), copy.copy(other), is_longer=False)  # type: ignore[arg-type]
 
 
-class Killed(BaseException):
-    """Stands in for a kill: nothing that cleans up after an ordinary error sees it."""
-
-
-def count_and_kill(patch: pytest.MonkeyPatch, at: int) -> list[str]:
-    """Let the `at`-th write, fsync, rename or replace, counted from 0, be the last thing that happens."""
-    happened: list[str] = []
-
-    def deadly(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def act(*arguments: Any, **options: Any) -> Any:
-            if len(happened) >= at:
-                raise Killed
-            happened.append(name)
-            return call(*arguments, **options)
-
-        return act
-
-    open_file = Path.open
-
-    def open_deadly(self: Path, *arguments: Any, **options: Any) -> Any:
-        file = open_file(self, *arguments, **options)
-        mode = arguments[0] if arguments else options.get("mode", "r")
-        if "w" in mode:
-            return FileWith(file, write=deadly(f"write {self.name}", file.write))
-        return file
-
-    patch.setattr(Path, "open", open_deadly)
-    patch.setattr(os, "fsync", deadly("fsync", os.fsync))
-    for name in ("rename", "replace"):
-        patch.setattr(Path, name, deadly(name, getattr(Path, name)))
-    return happened
-
-
-class DyingSave:
-    """Saves, but in the second epoch dies at the `at`-th operation, counted from 0."""
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-        self.happened: list[str] = []
-        self.save = checkpoint.write_state
-
-    def __call__(self, run: RunFolder, learner: Learner, progress: Progress, **options: Any) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            if progress.epoch == 2:
-                self.happened = count_and_kill(patch, self.at)
-            self.save(run, learner, progress, **options)
-
-
-def test_a_kill_at_any_write_fsync_or_rename_of_a_save_costs_no_more_than_it(
-    tmp_path: Path, make_learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch
+def test_a_save_that_was_to_be_replaced_when_the_process_was_killed_is_put_back(
+    run: RunFolder, make_learner: Callable[..., Learner]
 ) -> None:
-    whole, deaths = make_learner(), set()
-    (tmp_path / "whole").mkdir()
-    train(whole, RunFolder(tmp_path / "whole"), Progress(), epochs=3)
-    for at in itertools.count():
-        run, save = RunFolder(tmp_path / str(at)), DyingSave(at)
-        run.path.mkdir()
-        with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "write_state", save)
-            try:
-                train(make_learner(), run, Progress(), epochs=3)
-                break  # there are no more operations to die at
-            except Killed:
-                deaths.add(save.happened[-1].split()[0] if at else "nothing")
-        resumed = make_learner(seed=7)
-        progress = restore_state(read_state(run, Heard()), resumed, is_longer=False)  # type: ignore[arg-type]
-        assert progress.epoch in (1, 2)
-        assert progress.epoch == 1 or "rename" in save.happened
-        train(resumed, run, progress, epochs=3)
-        assert not list(run.checkpoints.glob(".*")), "what the kill left lying about"
-        for name, tensor in whole.model.state_dict().items():
-            assert torch.equal(resumed.model.state_dict()[name], tensor), (save.happened, name)
-    assert at > 14
-    assert deaths == {"nothing", "write", "fsync", "rename", "replace"}
+    train(make_learner(), run, Progress(), epochs=1)
+    newest = sorted(run.checkpoints.glob("step-*"))[-1]
+    newest.rename(newest.with_name(f".{newest.name}.123.old.part"))
+    assert read_state(run, Heard()).folder == newest  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"model.safetensors": 3}'])
+def test_a_manifest_that_is_none_is_damage(run: RunFolder, make_learner: Callable[..., Learner], text: str) -> None:
+    train(make_learner(), run, Progress())
+    newest, heard = sorted(run.checkpoints.glob("step-*"))[-1], Heard()
+    (newest / "manifest.json").write_text(text)
+    assert read_state(run, heard).folder < newest  # type: ignore[arg-type]
+    assert f"passed over the damaged training state {newest.name}" in heard.said[0]
+
+
+@pytest.mark.parametrize("place", ["", "progress"])
+def test_fields_that_this_version_does_not_know_are_refused(
+    run: RunFolder, make_learner: Callable[..., Learner], place: str
+) -> None:
+    train(make_learner(), run, Progress())
+    newest, heard = sorted(run.checkpoints.glob("step-*"))[-1], Heard()
+    state, manifest = (json.loads((newest / name).read_text()) for name in ("state.json", "manifest.json"))
+    (state[place] if place else state)["colour"] = "blue"
+    text = json.dumps(state)
+    manifest["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (newest / "state.json").write_text(text)
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    assert read_state(run, heard).folder < newest  # type: ignore[arg-type]
+    assert "state.json has other fields: colour" in heard.said[0]
+
+
+def test_a_disk_that_cannot_be_read_for_a_while_costs_no_save(
+    run: RunFolder, make_learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(make_learner(), run, Progress())
+    saves = sorted(run.checkpoints.iterdir())
+
+    def refuse(path: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)
+        with pytest.raises(StorageError, match="cannot be read: .*Input/output error"):
+            read_state(run, Heard())  # type: ignore[arg-type]
+    assert sorted(run.checkpoints.iterdir()) == saves
+
+
+def test_where_the_best_weights_are_lost_those_of_the_newest_save_take_their_place(
+    run: RunFolder, make_learner: Callable[..., Learner]
+) -> None:
+    learner, heard = make_learner(), Heard()
+    progress = Progress(epoch=2, history=History(best_accuracy=0.9, best_epoch=1, valid_accuracy=[0.9, 0.7]))
+    for step, best_step in ((10, 10), (20, 10)):
+        progress.global_step, progress.best_step = step, best_step
+        progress.best_weights = {name: tensor + 1 for name, tensor in learner.model.state_dict().items()}
+        checkpoint.write_state(run, learner, progress, identity=IDENTITY)
+    shutil.rmtree(run.checkpoints / "step-000000010")
+    restored = restore_state(read_state(run, heard), make_learner(seed=7), is_longer=False)  # type: ignore[arg-type]
+    assert "lost (step-000000010/manifest.json is missing); those of step-000000020" in heard.said[0]
+    assert (restored.best_step, restored.history.best_epoch, restored.history.best_accuracy) == (20, 2, 0.7)
+    assert all(torch.equal(restored.best_weights[name], own) for name, own in learner.model.state_dict().items())
+
+
+def test_ten_minutes_without_a_save_are_followed_by_one(
+    run: RunFolder, make_learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of an epoch: the clock moves on by four minutes a step."""
+    clock = itertools.count(0.0, 240.0)
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    now, saved = [0.0], []
+
+    class Clock(StopAt):
+        def step_ended(self, progress: Progress) -> None:
+            now[0] = next(clock)
+
+    monkeypatch.setattr(checkpoint, "write_state", lambda run, learner, progress, **_: saved.append(progress.step))
+    checkpointer = Checkpointer(run, make_learner(), identity=IDENTITY, reporter=Heard())  # type: ignore[arg-type]
+    run_epochs(make_learner(), street_loaders(), 1, progress=Progress(), watchers=[Clock(-1), checkpointer])
+    assert saved == [0, 4, 0]

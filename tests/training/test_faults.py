@@ -106,9 +106,24 @@ def test_an_image_that_vanishes_or_changes_before_a_resume_is_named(
         victim.unlink()
     else:
         Image.new("RGB", (40, 40), "green").save(victim)
-    with pytest.raises((DataError, RunError), match=r"the images are not those that training began with|00\.png"):
+    difference = {"vanished": "gone", "changed": "changed"}[change]
+    with pytest.raises(DataError, match=rf"are not those of .*split\.csv; 1 {difference}: 'train/red/00\.png'"):
         finetune.train(output=folder.parent / "run", resume=True)
     assert saved_step(folder) == 3
+
+
+def test_a_split_that_was_edited_before_a_resume_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(folder)
+    split = folder.parent / "run" / "split.csv"
+    split.write_text(split.read_text().replace('"valid"', '"train"', 1))
+    with pytest.raises(RunError, match=r"split\.csv is not the one that training began with"):
+        finetune.train(output=folder.parent / "run", resume=True)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

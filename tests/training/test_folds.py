@@ -143,7 +143,7 @@ def test_out_of_fold_predictions_are_scored_and_a_model_learns_from_all(data: Pa
     assert from_yaml(folder.config).folds == 3
     assert from_yaml(folder.config).scenario == "large-similar"
     next((data / "train").rglob("*.png")).unlink()
-    with pytest.raises(RunError, match="not those that training began with"):
+    with pytest.raises(DataError, match=r"are not those of .*images\.csv; 1 gone: 'train/"):
         finetune.train(output=run.folder, resume=True)
     with pytest.raises(RunError, match="--folds, --epochs and --phases were 3"):
         finetune.train(output=run.folder, resume=True, folds=2)

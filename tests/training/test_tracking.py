@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import finetune
 from finetune.config import TrainConfig
 from finetune.errors import MissingExtraError
 from finetune.runs.folder import RunFolder
+from finetune.runs.reporting import LoggingReporter
 from finetune.training.progress import Progress
 from finetune.training.tracking import Tracking
 from tests.training.exact_resume import write_images
@@ -53,7 +55,7 @@ STAND_INS["trackio"] = STAND_INS["wandb"]
 def test_tensorboard_gets_every_epoch(tmp_path: Path) -> None:
     run, progress = RunFolder(tmp_path), Progress()
     progress.history.start_loss, progress.history.start_accuracy = 2.0, 0.25
-    tracking = Tracking("tensorboard", run, TrainConfig(data="images"))
+    tracking = Tracking("tensorboard", run, TrainConfig(data="images"), LoggingReporter())
     tracking.epoch_started(progress)
     for epoch in (1, 2):
         progress.epoch = progress.global_step = epoch
@@ -91,6 +93,26 @@ def test_every_other_tracker_gets_the_options_and_every_epoch_of_a_run(tmp_path:
         assert step == event.get("epoch", 0)
         assert values["valid_loss"] == pytest.approx(event["valid_loss"])
         assert values["valid_accuracy"] == event["valid_accuracy"]
+
+
+@pytest.mark.parametrize("place", ["init_trackers", "log"])
+def test_a_tracker_that_fails_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
+) -> None:
+    calls = []
+
+    def unreachable(*_: object, **__: object) -> None:
+        calls.append(place)
+        raise ConnectionError("the server does not answer")
+
+    monkeypatch.setattr(Accelerator, place, unreachable)
+    write_images(tmp_path / "data")
+    options = {"model": "lenet5", "epochs": 3, "tracker": "tensorboard", "workers": 0}
+    with caplog.at_level("WARNING", logger="finetune"):
+        run = finetune.train(tmp_path / "data", output=tmp_path / "run", **options)
+    assert sum("tensorboard fails (the server does not answer)" in line for line in caplog.messages) == 1
+    assert len(calls) == 1
+    assert [event["event"] for event in RunFolder(run.folder).events()].count("epoch") == 3
 
 
 @pytest.mark.parametrize("begin", [finetune.train, finetune.tune])

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from finetune.data.jpeg import decoder_key
 from finetune.data.transforms import Augmentation

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -138,7 +137,9 @@ class TrunkEngine:
         """Go on by `compute` if it gives for a batch what is `expected`, and return what it gives then."""
         try:
             outputs = compute(images_BCHW)
-            does_agree = agree(expected, tuple(output[: len(known)] for output, known in zip(outputs, expected, strict=True)))
+            does_agree = agree(
+                expected, tuple(output[: len(known)] for output, known in zip(outputs, expected, strict=True))
+            )
         except Exception:  # whatever an engine meets in a network it does not know, the network itself still computes
             does_agree = False
         if not does_agree:
@@ -234,7 +235,7 @@ def export_onnx(trunk: nn.Module, images_BCHW: torch.Tensor) -> bytes | None:
 
 
 def onnx_runtime(model: bytes) -> Callable[[torch.Tensor], Outputs] | None:
-    """Return what computes an exported trunk on batches of the size it was exported for, None if ONNX Runtime cannot."""
+    """Return what computes an exported trunk, on batches of the size it was exported for, or None."""
     import onnxruntime
 
     try:

@@ -16,7 +16,7 @@ from finetune.data.decode import Pixels, decode_image, read_scanned_file
 from finetune.data.table import ImageRow, ImageTable
 from finetune.data.transforms import evaluation_transform, to_tensor, training_transform
 from finetune.features.cache import ActivationCache, View, open_activations, open_exports, present
-from finetune.features.engine import Kind, TrunkEngine, choose_kind
+from finetune.features.engine import TrunkEngine, choose_kind
 from finetune.features.trunk import Trunk
 from finetune.runs.processes import ALONE, Processes
 from finetune.runs.records import LabelMap
@@ -55,7 +55,6 @@ class TrunkPass:
         view: A random change of every image, instead of the image as evaluation sees it.
         precision: What a GPU computes in: "fp32", "bf16" or "fp16". A CPU always takes float32.
         processes: Those that share the work.
-        engine: That of another pass, to be taken instead of one of its own.
 
     `computed` counts the images that were not in the cache, `seconds` is the time from the first of them to the last,
     decoding and all; `computing_seconds` the part of it that the trunk took.
@@ -72,12 +71,11 @@ class TrunkPass:
         view: View | None = None,
         precision: str = "fp32",
         processes: Processes = ALONE,
-        engine: TrunkEngine | None = None,
     ) -> None:
         spec = trunk.backbone.input_spec
         precision = "fp32" if device.type == "cpu" else precision
         self.short_side_px = spec.resize_px
-        kind: Kind = engine.kind if engine else choose_kind(trunk.module, spec, images=images, device=device)
+        kind = choose_kind(trunk.module, spec, images=images, device=device)
         self.cache: ActivationCache = open_activations(trunk, data_root, engine=kind, view=view, precision=precision)
         self.computed = 0
         self.seconds = 0.0
@@ -92,7 +90,7 @@ class TrunkPass:
         self._reporter = reporter
         self._transform = training_transform(spec, view.augmentation) if view else evaluation_transform(spec)
         self._exports = open_exports(trunk, data_root) if device.type == "cpu" else None
-        self.engine = engine or TrunkEngine(
+        self.engine = TrunkEngine(
             trunk.module,
             device=device,
             kind=kind,
@@ -117,7 +115,7 @@ class TrunkPass:
 
     def of_view(self, view: View) -> "TrunkPass":
         """Return a pass over a view of the same images, by the same engine; it ends before this one does."""
-        return TrunkPass(
+        view_pass = TrunkPass(
             self.trunk,
             data_root=self._data_root,
             images=self._images,
@@ -126,8 +124,9 @@ class TrunkPass:
             view=view,
             precision=self._precision,
             processes=self.processes,
-            engine=self.engine,
         )
+        view_pass.engine = self.engine
+        return view_pass
 
     def prepare(self, image_HWC: Pixels, sha256: str) -> torch.Tensor | None:
         """Return the picture as the network takes it, (C, H, W) float32; None if the cache has its activations."""

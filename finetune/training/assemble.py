@@ -33,7 +33,7 @@ from finetune.runs.folder import RunFolder, write_whole
 from finetune.runs.processes import ALONE, Processes
 from finetune.runs.records import LabelMap
 from finetune.runs.reporting import Reporter
-from finetune.training.budget import Budget
+from finetune.training.budget import Budget, decoding_pace
 from finetune.training.checkpoint import SavedState, read_state, restore_state
 from finetune.training.job import Job, fixed_options
 from finetune.training.plan import Plan, phases_text, plan_phases
@@ -117,7 +117,7 @@ def _new_job(
     processes: Processes,
 ) -> Job:
     backbone = _network(config, listing, device)
-    if budget and config.image_size == "auto":
+    if budget:
         config, backbone = _in_time(config, listing, backbone, budget, device, processes=processes)
     with ExitStack() as stack:
         trunk_pass = None
@@ -172,15 +172,16 @@ def _in_time(
     *,
     processes: Processes,
 ) -> tuple[TrainConfig, Backbone]:
-    """Return the config and the network for images as large as there is time for."""
+    """Return the config and the network for images as large as there is time for, or as they are asked for."""
     spec = backbone.input_spec
     size_px = processes.from_main(
         lambda: budget.image_size(
             backbone.module,
-            size_px=spec.image_size_px,
-            channels=spec.channels,
+            spec,
             images=len(processes.share(listing.rows)),
+            decode_seconds=decoding_pace(ImageTable(listing.root, listing.rows), spec),
             device=device,
+            may_shrink=config.image_size == "auto",
         )
     )
     if size_px == spec.image_size_px:

@@ -6,6 +6,7 @@ The first steps are taken for their time only and undone. What was planned is ke
 import itertools
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from finetune.data.decode import decode_image
 from finetune.data.loaders import EpochSampler, then_none
-from finetune.errors import ConfigError
+from finetune.data.table import ImageTable
+from finetune.errors import ConfigError, ImageError
 from finetune.models.device import as_inputs
+from finetune.runs.environment import available_cores
 from finetune.runs.processes import ALONE, Processes
+from finetune.runs.records import InputSpec
 from finetune.training.loop import evaluate_loss
 from finetune.training.progress import Progress
 from finetune.training.step import Learner, train_step, undone
@@ -24,6 +29,7 @@ from finetune.training.step import Learner, train_step, undone
 MEASURED_STEPS = 4  # after one to warm up, if they do not take too long
 MEASURED_SHARE = 0.03  # of the time left that each of two measurements may take, but for its first two steps
 MEASURED_IMAGES = 8
+DECODED_IMAGES = 16  # spread over all, of which the pace of decoding is taken
 ENDING_SECONDS = 4.0  # to score the model, write it and draw the plots, beside one pass over the held-out images
 USABLE = 0.9  # of the time left when the epochs are planned: a machine is not always as fast as it was measured
 SMALLER_SHARES = (0.75, 0.5)  # of the side that an image has by default
@@ -38,6 +44,16 @@ def first_began(began: float, processes: Processes) -> float:
         return float(said) - now
     processes.remember(name, str(began + now))
     return began
+
+
+def decoding_pace(table: ImageTable, spec: InputSpec) -> float:
+    """Return the seconds that reading and decoding an image takes by all cores, from a few spread over `table`."""
+    started, decoded = time.monotonic(), 0
+    for place in range(0, len(table), math.ceil(len(table) / DECODED_IMAGES)):
+        with suppress(ImageError):  # the scan will tell
+            decode_image(table.path(table.rows[place]), short_side_px=spec.resize_px)
+            decoded += 1
+    return (time.monotonic() - started) / max(decoded, 1) / available_cores()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,33 +104,57 @@ class Budget:
 
     epoch_ended = step_ended
 
-    def image_size(self, network: nn.Module, *, size_px: int, channels: int, images: int, device: torch.device) -> int:
-        """Return the largest image size, up to `size_px`, at which there is time to see every image and for an epoch.
+    def image_size(
+        self,
+        network: nn.Module,
+        spec: InputSpec,
+        *,
+        images: int,
+        decode_seconds: float,
+        device: torch.device,
+        may_shrink: bool = True,
+    ) -> int:
+        """Return the largest image size, up to that of `spec`, at which there is time for a look and for an epoch.
+
+        Args:
+            network: It looks at every image once, and learns from it in an epoch.
+            spec: What the network sees.
+            images: How many images there are, for each process.
+            decode_seconds: What reading and decoding an image takes.
+            device: Where `network` is.
+            may_shrink: Whether images may be smaller than `spec` says; by half at most.
 
         Raises:
-            ConfigError: Not even at half the size is there time to look at each image once.
+            ConfigError: There is no time to look at each image once.
         """
-        images_BCHW = torch.zeros(MEASURED_IMAGES, channels, size_px, size_px)
+        size_px = spec.image_size_px
+        images_BCHW = torch.zeros(MEASURED_IMAGES, spec.channels, size_px, size_px)
         inputs = as_inputs(images_BCHW, device)
         network.eval()
         with torch.inference_mode():
             network(*inputs)
             started = time.monotonic()
             float(network(*inputs).sum())  # waits for a GPU
-        look = (time.monotonic() - started) / MEASURED_IMAGES * images
-        smaller = (round(share * size_px / SIZE_STEP_PX) * SIZE_STEP_PX for share in SMALLER_SHARES)
+        seeing = (time.monotonic() - started) / MEASURED_IMAGES * images
+        decoding = decode_seconds * images
+
+        def look(size: int) -> float:
+            return decoding + seeing * (size / size_px) ** 2
+
+        shares = SMALLER_SHARES if may_shrink else ()
+        smaller = (round(share * size_px / SIZE_STEP_PX) * SIZE_STEP_PX for share in shares)
         sizes = [size_px, *(size for size in smaller if SIZE_STEP_PX <= size < size_px)]
         affordable = self.left - self.ending
         if affordable <= 0:
             raise ConfigError(
                 f"--budget {self.seconds:.0f}s does not do: to start took {self.seconds - self.left:.0f} s, and "
                 f"{self.ending:.0f} s are kept for the end",
-                f"take a longer --budget, such as {math.ceil((self.seconds - affordable + 4 * look) / 60)}m",
+                f"take a longer --budget, such as {math.ceil((self.seconds - affordable + 4 * look(size_px)) / 60)}m",
             )
         for size in sizes:
-            if look * (size / size_px) ** 2 * (1 + FORWARDS_AN_EPOCH) <= affordable:
+            if look(size) * (1 + FORWARDS_AN_EPOCH) <= affordable:
                 return size
-        least = look * (sizes[-1] / size_px) ** 2
+        least = look(sizes[-1])
         if least > affordable:
             raise ConfigError(
                 f"--budget {self.seconds:.0f}s does not do: a look at each of the {images:,} images takes "

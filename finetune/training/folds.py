@@ -52,7 +52,7 @@ class _Fold:
     @property
     def accuracy(self) -> float:
         """Share of right predictions of what was held back."""
-        return float(_right_N(self.held_out).mean())
+        return float(_right(self.held_out).mean())
 
 
 def train_folds(
@@ -123,21 +123,22 @@ def is_worth_while(folds: Sequence[_Fold]) -> bool:
         return True  # there is nothing to choose from
     after = _joined([fold.held_out for fold in tuned])
     images, classes = after.probabilities_NK.shape
-    gained = _right_N(after).sum() - _right_N(_joined(before)).sum()
+    gained = _right(after).sum() - _right(_joined(before)).sum()
     return bool(gained > (WORTH_WHILE * images if images <= FEW_IMAGES * classes else 0))
 
 
 def _tell_the_choice(folds: Sequence[_Fold], *, is_tuned: bool, reporter: Reporter) -> None:
     before, after = (
-        _right_N(_joined(parts)).mean()
+        _right(_joined(parts)).mean()
         for parts in ([fold.solved_head or fold.held_out for fold in folds], [fold.held_out for fold in folds])
     )
     verdict = "so that all is fine-tuned" if is_tuned else "which is not worth it: the head stays as it is solved"
     reporter.say(f"On what was held back the solved head reaches {before:.1%} and fine-tuning {after:.1%}, {verdict}.")
 
 
-def _right_N(found: Predictions) -> Array:
-    return found.probabilities_NK.argmax(axis=1) == found.class_indices_N
+def _right(found: Predictions) -> Array:
+    right_N: Array = found.probabilities_NK.argmax(axis=1) == found.class_indices_N
+    return right_N
 
 
 def _refuse_changes(config: TrainConfig, run: RunFolder) -> None:

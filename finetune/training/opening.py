@@ -54,17 +54,16 @@ def _open(config: TrainConfig, stack: ExitStack, processes: Processes) -> tuple[
     listing = list_data(config)
     if folder := processes.recall(FOLDER):
         config = _going_on(config, Path(folder))
-    config = replace(config, output=config.output or next_free_folder(config.data, config.model))
-    assert config.output is not None
-    require_outside(config.output, config, listing)
-    before = RunFolder(config.output)
+    output = config.output or next_free_folder(config.data, config.model)
+    config, before = replace(config, output=output), RunFolder(output)
+    require_outside(output, config, listing)
     if config.resume and before.config.exists() and not _has_saves(before) and not before.model.exists():
         config = replace(config, resume=False, overwrite=True)  # it was killed before its first save: it begins again
     patience = RESTART_SECONDS if folder else 0.0
     run = stack.enter_context(
-        open_run(config.output, resume=config.resume, overwrite=config.overwrite, patience_seconds=patience)
+        open_run(output, resume=config.resume, overwrite=config.overwrite, patience_seconds=patience)
     )
-    processes.remember(FOLDER, str(config.output))
+    processes.remember(FOLDER, str(output))
     return config, listing, run
 
 

@@ -56,7 +56,8 @@ def run_job(job: Job, reporter: Reporter, *, watchers: Sequence[Watcher] = ()) -
         folder = job.folder or job.run.path
         if refusal:
             raise StorageError(
-                f"interrupted, and the training state could not be saved ({refusal}); the one before is kept", FREE_SPACE
+                f"interrupted, and the training state could not be saved ({refusal}); the one before is kept",
+                FREE_SPACE,
             )
         reporter.say(f"Interrupted; the state is saved. Go on with: finetune train --output {folder} --resume")
         if interruption.received == signal.SIGINT:

@@ -47,10 +47,11 @@ class Learner:
     """What the loop works on. `max_grad_norm` of 0 does not clip.
 
     `network` is the whole of which `model` may be the part above a cut; its weights are what is kept and saved.
-    `finish` makes images of the drafts in a training batch, where batches hold drafts. `mix` blends images with each
-    other, `average` follows the weights. With `keeps_last` the last weights are kept, not those that validation finds
-    best. With `keeps_start` the weights of the start are saved, and with `averages_ends` their mean with the kept ones
-    is tried in the end. A batch is computed in `parts`, whose gradients are added up. Of every batch each of several `processes` computes its share; all take the step of the whole. With
+    `finish` makes images of the drafts in a training batch, where batches hold drafts. `mix` blends images with
+    each other, `average` follows the weights. With `keeps_last` the last weights are kept, not those that
+    validation finds best. With `keeps_start` the weights of the start are saved, and with `averages_ends` their
+    mean with the kept ones is tried in the end. A batch is computed in `parts`, whose gradients are added up. Of
+    every batch each of several `processes` computes its share; all take the step of the whole. With
     `shared_statistics` BatchNorm sees the batch of all of them, and with `sharded` a copy of `model` learns in its
     place that is divided among them: who has no share then goes along with `sample`, which counts for nothing.
     """

@@ -6,7 +6,6 @@ on, and small, so that an epoch takes seconds.
 """
 
 import json
-import json
 import os
 import sys
 import tempfile
@@ -120,12 +119,15 @@ def text_of(record: dict[str, Any]) -> str:
                 gains = [gain(*([row[what] for row in each] for each in (rows, before))) for what in ("last", "kept")]
                 lines.append(f"| {title} | {' | '.join(gains)} |")
         parts.append("\n".join([*lines, "", f"The start, the solved head, is at {start:.1f}."]))
-    return "\n\n".join(parts) + f"""
+    return (
+        "\n\n".join(parts)
+        + f"""
 
 Accuracy on the held-out images in percent, and what each change adds to it: mean and standard error over {len(SEEDS)}
 draws of training images, the same for every change. "Kept" is chosen on these images, the start among them, and so
 optimistic for all; the last epoch is free of that choice. EfficientNet-Lite0.
 """
+    )
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -217,6 +218,36 @@ def test_second_process_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> 
         assert names_in(path) == {"config.yaml"}, "the refused process emptied the folder"
     with open_run(path, resume=True):
         assert (path / ".lock").read_text() == str(os.getpid())
+
+
+ORPHANED = """
+import os, sys, time
+from pathlib import Path
+from finetune.runs.folder import open_run
+with open_run(Path(sys.argv[1])):
+    if (child := os.fork()) == 0:
+        time.sleep(60)
+    print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_process_that_outlives_the_one_that_trained_holds_nothing(tmp_path: Path) -> None:
+    """Such as one that decodes images, after a kill."""
+    path = tmp_path / "run"
+    command = [sys.executable, "-c", ORPHANED, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as training:
+        assert training.stdout is not None
+        orphan = int(training.stdout.readline())
+        try:
+            with pytest.raises(RunError, match=f"process {training.pid} is training in"), open_run(path):
+                pytest.fail("opened")
+            training.kill()
+            training.wait()
+            with open_run(path):
+                os.kill(orphan, 0)  # it is there
+        finally:
+            os.kill(orphan, signal.SIGKILL)
 
 
 def test_lock_is_let_go_when_training_fails(tmp_path: Path) -> None:

@@ -14,9 +14,12 @@ from torch.utils.data import DataLoader
 import finetune
 from finetune.config import TrainConfig
 from finetune.config.durations import parse_seconds
+from finetune.data.listing import list_images
+from finetune.data.table import ImageTable
 from finetune.errors import ConfigError
+from finetune.runs.records import InputSpec
 from finetune.training import budget as budget_module
-from finetune.training.budget import ENDING_SECONDS, USABLE, Budget, Pace, measure_pace
+from finetune.training.budget import ENDING_SECONDS, USABLE, Budget, Pace, decoding_pace, measure_pace
 from finetune.training.progress import Progress
 from finetune.training.step import Learner
 
@@ -91,31 +94,54 @@ class Slow(nn.Module):
         return images_BCHW.flatten(1)
 
 
+def spec_of(size_px: int, channels: int = 3) -> InputSpec:
+    half = (0.5,) * channels
+    return InputSpec(image_size_px=size_px, resize_px=size_px, interpolation="bilinear", mean=half, std=half)
+
+
+def test_what_decoding_takes_counts_too_and_asked_sizes_stay(stopped: Clock) -> None:
+    budget, network = Budget(140, began=100), Slow(stopped)
+    arguments = {"images": 10, "device": CPU}
+    assert budget.image_size(network, spec_of(224), decode_seconds=2.4, **arguments) == 160
+    budget = Budget(140, began=stopped.now)
+    assert budget.image_size(network, spec_of(224), decode_seconds=2.4, may_shrink=False, **arguments) == 224
+    with pytest.raises(ConfigError, match="a look at each of the 10 images takes about"):
+        budget.image_size(network, spec_of(224), decode_seconds=100.0, **arguments)
+
+
+def test_the_pace_of_decoding_is_taken_from_images_that_can_be_read(folder: Path) -> None:
+    next(folder.rglob("*.png")).write_bytes(b"no image")
+    table = ImageTable(folder, list_images(folder).rows)
+    assert 0 < decoding_pace(table, spec_of(32)) < 1
+    assert decoding_pace(ImageTable(folder, table.rows[:1]), spec_of(32)) > 0
+
+
 @pytest.mark.parametrize(("images", "size_px"), [(10, 224), (40, 160), (80, 128), (350, 128)])
 def test_the_largest_size_is_taken_for_which_there_is_time(stopped: Clock, images: int, size_px: int) -> None:
     budget = Budget(140, began=100)
-    found = budget.image_size(Slow(stopped), size_px=224, channels=3, images=images, device=CPU)
+    found = budget.image_size(Slow(stopped), spec_of(224), images=images, decode_seconds=0.0, device=CPU)
     assert found == size_px
 
 
 @pytest.mark.parametrize("size_px", [28, 32, 48])
 def test_small_images_are_not_made_smaller_than_networks_can_take(stopped: Clock, size_px: int) -> None:
     network = Slow(stopped)
-    found = Budget(400, began=100).image_size(network, size_px=size_px, channels=1, images=100, device=CPU)
+    spec = spec_of(size_px, channels=1)
+    found = Budget(400, began=100).image_size(network, spec, images=100, decode_seconds=0.0, device=CPU)
     assert found in (size_px, 32)
     assert found <= size_px
     with pytest.raises(ConfigError, match="does not do"):
-        Budget(50, began=stopped.now).image_size(network, size_px=size_px, channels=1, images=1000, device=CPU)
+        Budget(50, began=stopped.now).image_size(network, spec, images=1000, decode_seconds=0.0, device=CPU)
 
 
 def test_a_budget_that_does_not_do_for_one_look_is_refused(stopped: Clock) -> None:
     with pytest.raises(ConfigError, match=r"--budget 60s does not do: a look at each of the 1,000 images takes"):
-        Budget(60, began=100).image_size(Slow(stopped), size_px=224, channels=3, images=1000, device=CPU)
+        Budget(60, began=100).image_size(Slow(stopped), spec_of(224), images=1000, decode_seconds=0.0, device=CPU)
 
 
 def test_a_budget_that_starting_has_used_up_says_so(stopped: Clock) -> None:
     with pytest.raises(ConfigError, match=r"--budget 5s does not do: to start took 19 s, and 4 s are kept for the end"):
-        Budget(5, began=97).image_size(Slow(stopped), size_px=224, channels=3, images=0, device=CPU)
+        Budget(5, began=97).image_size(Slow(stopped), spec_of(224), images=0, decode_seconds=0.0, device=CPU)
 
 
 def test_measuring_the_pace_leaves_no_trace(

@@ -282,7 +282,7 @@ def test_a_disk_that_cannot_be_read_for_a_while_costs_no_save(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", refuse)
-        with pytest.raises(StorageError, match="cannot be read: .*Input/output error"):
+        with pytest.raises(StorageError, match=r"cannot be read: .*Input/output error"):
             read_state(run, Heard())  # type: ignore[arg-type]
     assert sorted(run.checkpoints.iterdir()) == saves
 

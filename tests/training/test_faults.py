@@ -2,6 +2,7 @@
 
 import itertools
 import multiprocessing
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -200,6 +201,31 @@ def test_a_record_that_a_power_cut_has_cut_off_is_made_again(folder: Path, monke
     metrics.write_bytes(metrics.read_bytes()[:-9])
     finetune.train(output=folder.parent / "run", resume=True)
     assert recorded_epochs(folder) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--batch-size", "8"], r"the loss of step 2 became (nan|inf) at learning rate \S+ on .*\d\d\.png"),
+        (["--batch-size", "28"], r"the validation loss of epoch 1 became nan; the saves before it are kept"),
+    ],
+    ids=["step", "validation"],
+)
+def test_a_training_that_diverges_ends_with_its_own_code_and_keeps_the_saves_before(
+    folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    from finetune.cli.main import main
+
+    words = ["--model", "resnet18", "--no-use-pretrained", "--scenario", "large-similar", "--image-size", "32"]
+    words += ["--optimizer", "sgd", "--warmup-epochs", "0", "--max-grad-norm", "0", "--epochs", "3", "--workers", "0"]
+    words += ["--learning-rate", "1e38", "--trunk-learning-rate", "1e38"]
+    code = main(["train", str(folder), "--output", str(folder.parent / "run"), *words, *options])
+    errors = capsys.readouterr().err
+    assert code == 5
+    assert re.search(said, errors)
+    assert "hint: train with a lower --learning-rate" in errors
+    state = read_state(RunFolder(folder.parent / "run"), LoggingReporter())
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in state.model.values() if tensor.is_floating_point())
 
 
 def test_a_second_process_on_the_same_run_is_refused_by_name(folder: Path) -> None:

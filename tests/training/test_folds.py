@@ -14,10 +14,10 @@ import finetune
 from finetune.config import from_yaml
 from finetune.data.table import ImageRow, ImageTable
 from finetune.errors import ConfigError, DataError, RunError
+from finetune.evaluation.infer import Predictions
 from finetune.runs.folder import RunFolder
 from finetune.runs.model_file import read_metadata
 from finetune.training import folds
-from finetune.evaluation.infer import Predictions
 from finetune.training.folds import accuracy_interval, fold_numbers, is_worth_while
 from finetune.training.progress import Progress
 from finetune.training.watchers import ProgressBar
@@ -264,9 +264,8 @@ def test_fine_tuning_follows_where_the_folds_are_better_for_it(
 def test_fine_tuning_is_worth_while_if_it_gains(
     images: int, right_before: int, right_after: int, is_better: bool
 ) -> None:
-    made = [fold_of(images // 2, right_before // 2, right_after - right_before + right_before // 2)] + [
-        fold_of(images - images // 2, right_before - right_before // 2, right_before - right_before // 2)
-    ]
+    first, second = (images // 2, right_before // 2), (images - images // 2, right_before - right_before // 2)
+    made = [fold_of(*first, first[1] + right_after - right_before), fold_of(*second, second[1])]
     assert is_worth_while(made) == is_better
 
 
@@ -293,7 +292,9 @@ def fold_of(images: int, right_before: int, right_after: int, classes: int = 2) 
     )
 
 
-@pytest.mark.parametrize("changes", [{"folds": 1}, {"folds": 21}, {"budget": "5m"}, {"patience": 3}, {"averaging": "ends"}])
+@pytest.mark.parametrize(
+    "changes", [{"folds": 1}, {"folds": 21}, {"budget": "5m"}, {"patience": 3}, {"averaging": "ends"}]
+)
 def test_what_cannot_be_meant_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="--folds"):
         finetune.TrainConfig(data="x", **{"folds": 5, **changes})

@@ -200,7 +200,7 @@ def calls_in(trace: str, folder: Path) -> list[tuple[str, str]]:
     for line in trace.splitlines():
         if match := re.search(r"(write|fsync|fdatasync)\(\d+<([^>]*)>", line):
             call, path = match.groups()
-        elif match := re.search(r'(rename|unlink|rmdir)\w*\((.*)\)', line):
+        elif match := re.search(r"(rename|unlink|rmdir)\w*\((.*)\)", line):
             call, path = match[1], re.findall(r'"([^"]*)"', match[2])[-1]
         else:
             continue

@@ -87,6 +87,20 @@ def test_a_loss_that_is_not_finite_updates_nothing_and_names_the_images(
     assert all(torch.equal(tensor, before[name]) for name, tensor in learner.model.state_dict().items())
 
 
+@pytest.mark.parametrize("clipped_at", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_updates_nothing_though_the_loss_is(
+    make_learner: Callable[..., Learner], clipped_at: float
+) -> None:
+    learner = make_learner()
+    learner.max_grad_norm = clipped_at
+    before = {name: parameter.detach().clone() for name, parameter in learner.model.named_parameters()}
+    learner.model.fc.weight.register_hook(lambda gradient: gradient * math.inf)
+    batch = [torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), ["a.jpg", "b.jpg"]]
+    with pytest.raises(DivergedError, match=r"gradient norm of step 7 became (nan|inf) .* on a\.jpg, b\.jpg"):
+        train_step(learner, batch, step=7)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in learner.model.named_parameters())
+
+
 @pytest.mark.parametrize(
     ("head", "criterion", "fault"),
     [("log_softmax", nn.CrossEntropyLoss(), "applies a softmax"), ("logits", nn.NLLLoss(), "needs log-probabilities")],

@@ -2,8 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,3 +134,75 @@ def test_out_of_memory_with_one_image_ends_with_its_own_code(
     assert "a batch is computed in 32 parts" in errors
     assert "error: out of memory" in errors
     assert saved_step(data.parent / "run") == 0
+
+
+DISTURBED = """
+import os, signal, sys
+from finetune.training import checkpoint, loop
+checkpoint.TRAINING_PER_SAVE = 0
+place, at, *numbers = sys.argv[1].split()
+places = {"step": (loop, "train_step"), "evaluation": (loop, "evaluate_loss"), "save": (checkpoint, "_place")}
+room, name = places[place]
+work, calls = getattr(room, name), []
+
+def disturbed(*arguments, **options):
+    calls.append(name)
+    if len(calls) == int(at):
+        for number in numbers:
+            os.kill(os.getpid(), getattr(signal, number))
+    return work(*arguments, **options)
+
+setattr(room, name, disturbed)
+from finetune.cli.main import run_process
+sys.argv[1:2] = []
+run_process()
+"""
+WORDS = ["--model", "timm/test_resnet", "--no-use-pretrained", "--scenario", "large-similar", "--image-size", "32"]
+WORDS += ["--epochs", "3", "--batch-size", "8", "--workers", "0", "--quiet"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("disturbance", "code", "saved"),
+    [
+        ("step 6 SIGTERM", 143, STEPS + 2),
+        ("step 6 SIGINT", 130, STEPS + 2),
+        ("evaluation 2 SIGTERM", 143, STEPS),
+        ("evaluation 2 SIGTERM SIGTERM", 143, 0),
+        ("evaluation 2 SIGINT SIGINT", 130, 0),
+        ("save 2 SIGTERM", 143, STEPS + 1),
+        ("save 2 SIGTERM SIGTERM", 143, 0),
+    ],
+)
+def test_the_process_ends_with_the_code_of_its_signal(data: Path, disturbance: str, code: int, saved: int) -> None:
+    """A second signal ends it at once: in an evaluation, or in a save, of which nothing is left then."""
+    run = data.parent / "run"
+    command = [sys.executable, "-c", DISTURBED, disturbance, "train", str(data), "--output", str(run), *WORDS]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == code, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert saved_step(run) == saved
+    assert finetune.train(output=run, resume=True).metrics["valid"].images == 12
+    assert not list(RunFolder(run).checkpoints.glob(".*"))
+
+
+def test_an_interrupt_whose_save_the_disk_refuses_says_so(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from finetune.cli.main import main
+
+    step_ended: Callable[[ProgressBar, Progress], None] = ProgressBar.step_ended
+
+    def disturbed(self: ProgressBar, progress: Progress) -> None:
+        step_ended(self, progress)
+        if progress.global_step == STEPS + 2:
+            monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ProgressBar, "step_ended", disturbed)
+    code = main(["train", str(data), "--output", str(data.parent / "run"), *WORDS])
+    errors = capsys.readouterr().err
+    assert code == 6
+    assert "error: interrupted, and the training state could not be saved" in errors
+    assert "the state is saved" not in errors
+    assert saved_step(data.parent / "run") == STEPS

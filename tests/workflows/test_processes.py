@@ -319,6 +319,35 @@ def test_metrics_and_counts_are_those_of_one_process_whatever_the_sizes(tmp_path
     assert found.stdout == "all the same\n"
 
 
+HANGING = """
+import sys
+import time
+from datetime import timedelta
+from finetune.errors import RunError
+from finetune.runs import processes as room
+
+room.STEP_TIMEOUT = timedelta(seconds=2)
+processes = room.join_processes("cpu")
+if not processes.is_main:
+    time.sleep(4)  # long work, for which the other waits
+assert processes.gather(processes.rank) == [0, 1]
+if processes.is_main:
+    try:
+        with room.peer_faults():
+            processes.in_step().wait()
+    except RunError as error:
+        print(error.message, flush=True)
+else:
+    time.sleep(6)  # it hangs in a step
+"""
+
+
+def test_a_process_that_hangs_in_a_step_is_given_up_and_one_at_long_work_is_waited_for(tmp_path: Path) -> None:
+    script = tmp_path / "hanging.py"
+    script.write_text(HANGING)
+    assert "another process of this job has ended or does not answer" in launch(str(script)).stdout
+
+
 def saving_often(tmp_path: Path, more: str = "") -> str:
     script = tmp_path / "train.py"
     script.write_text(SAVES_OFTEN.format(more=more))

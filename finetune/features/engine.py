@@ -4,8 +4,11 @@ All three are the same function. Whichever is taken has been compared with the p
 """
 
 import copy
+import ctypes
 import io
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +34,8 @@ BATCH_SIZE = 8
 
 DEVICE_BATCH_SIZE = 64
 """Images any other device computes at once."""
+
+STDOUT = 1  # its file descriptor
 
 HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -262,13 +267,23 @@ def _as_outputs(outputs: torch.Tensor | Outputs) -> Outputs:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Keep the tracer's warnings, all about what may change from batch to batch, from people: nothing changes here."""
+    """Keep what the tracer says from people: warnings of what may change from batch to batch, where nothing does here.
+
+    Of a network that it cannot export it writes the whole graph, past Python, on standard output.
+    """
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    sys.stdout.flush()
+    kept, nowhere = os.dup(STDOUT), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, STDOUT)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, STDOUT)
+        os.close(kept)
+        os.close(nowhere)
         logger.setLevel(level)

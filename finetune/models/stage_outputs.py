@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import skip_init
@@ -68,7 +67,8 @@ def pool(output: Tensor) -> Tensor:
         output = output.mean(dim=(2, 3) if output.shape[2] == output.shape[3] else (1, 2))
     elif output.ndim == 3:
         output = output.mean(dim=1)
-    return layer_norm(output, output.shape[1:], eps=NORM_EPS)
+    centred_BC = output - output.mean(dim=1, keepdim=True)  # torch's layer_norm wants sizes, which no tracer can give
+    return centred_BC * torch.rsqrt(centred_BC.square().mean(dim=1, keepdim=True) + NORM_EPS)
 
 
 def stage_ends(model: nn.Module, stages: Sequence[Stage], input_spec: InputSpec) -> dict[str, int]:

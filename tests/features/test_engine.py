@@ -17,7 +17,9 @@ from finetune.features.engine import (
     fold_batch_norm,
     onnx_runtime,
 )
+from finetune.features.trunk import pooled_trunk
 from finetune.models.initialize import build_backbone
+from finetune.models.stage_outputs import stage_ends
 from finetune.runs.reporting import LoggingReporter
 from finetune.runs.row_store import RowStore, open_store
 
@@ -106,6 +108,15 @@ def test_every_batch_gives_what_the_plain_trunk_gives() -> None:
     assert said.warnings == []
 
 
+def test_the_outputs_of_all_stages_are_computed_by_onnx_runtime_too() -> None:
+    backbone = build_backbone("efficientnet_lite0", num_classes=3, use_pretrained=False)
+    ends = tuple(stage_ends(backbone.module, backbone.stages, backbone.input_spec))
+    engine, said = engine_of(pooled_trunk(backbone, ends).module, kind="ONNX Runtime")
+    engine(images(8, 224))
+    assert engine.name == "ONNX Runtime"
+    assert said.warnings == []
+
+
 @pytest.mark.parametrize("kind", ["plain", "folded", "ONNX Runtime"])
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "timm/vit_tiny_patch16_224"])
 def test_an_image_gives_the_same_bits_in_any_batch_and_in_the_first_of_any_pass(name: str, kind: Kind) -> None:
@@ -180,13 +191,21 @@ def test_a_kept_export_is_used_again_and_a_wrong_one_is_refused_aloud(exports: R
     assert "ONNX Runtime" in said.warnings[0]
 
 
-def test_what_cannot_be_exported_or_loaded_is_none() -> None:
+def test_what_cannot_be_exported_or_loaded_is_none_and_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     class Unexportable(nn.Module):
         def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
             return torch.linalg.eigvals(images_BCHW[:, 0] + 0j).abs()
 
+    class OfUnknownSize(nn.Module):
+        def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+            means_BC = images_BCHW.mean(dim=(2, 3))
+            return nn.functional.layer_norm(means_BC, means_BC.shape[1:])
+
     assert export_onnx(Unexportable().eval(), images(2)) is None
+    assert export_onnx(OfUnknownSize().eval(), images(2)) is None
     assert onnx_runtime(b"no model") is None
+    print("heard again")
+    assert capfd.readouterr().out == "heard again\n"
 
 
 def test_agreement_is_relative_image_by_image_and_minds_the_largest_value() -> None:

@@ -275,6 +275,11 @@ OPTION_NAMES = tuple(field.name for field in fields(TrainConfig))
 """The names of all options, in the order of the help."""
 
 
+def flag_of(name: str) -> str:
+    """Return the option called `name` as the command line has it."""
+    return f"--{name.replace('_', '-')}"
+
+
 def with_options(config: TrainConfig, values: Mapping[str, object]) -> TrainConfig:
     """Return `config` with the options named in `values` changed; a text does for a path, a whole number for a float.
 

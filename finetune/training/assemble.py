@@ -13,7 +13,7 @@ import torch
 
 from finetune.config.durations import parse_seconds
 from finetune.config.phases import parse_phases
-from finetune.config.schema import TrainConfig
+from finetune.config.schema import TrainConfig, flag_of
 from finetune.config.yaml_io import to_yaml
 from finetune.data.check import require_trainable
 from finetune.data.listing import Listing
@@ -359,7 +359,7 @@ def refuse_changes(config: TrainConfig, options: dict[str, Any], run: RunFolder)
         RunError: Some differ; all are listed.
     """
     changes = [
-        f"--{name.replace('_', '-')} was {options[name]!r} and is {value!r}"
+        f"{flag_of(name)} was {options[name]!r} and is {value!r}"
         for name, value in fixed_options(config).items()
         if value not in ("auto", options[name])
     ]

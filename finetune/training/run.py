@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 
+from finetune.config.schema import TrainConfig, flag_of
 from finetune.data.csv_files import write_csv
 from finetune.data.loaders import readable
 from finetune.errors import StorageError
@@ -22,6 +23,8 @@ from finetune.training.stopping import EarlyStopping, Interruption
 from finetune.training.tracking import Tracking
 from finetune.training.watchers import EpochRecorder, ProgressBar
 
+OF_EPOCHS = ("mixup", "cutmix", "random_erasing", "label_smoothing", "averaging", "patience", "schedule")
+"""Options that say how epochs are trained, and nothing else."""
 PREDICTION_COLUMNS = ("image_path", "split", "label", "predicted", "probability")
 
 
@@ -114,6 +117,8 @@ def _tell_the_end(job: Job, reporter: Reporter, *, seconds: float) -> None:
             "random": f"The head is random; {why}.",
         }[job.plan.head_start]
         reporter.say(what)
+        if idle := [name for name in OF_EPOCHS if getattr(job.config, name) != getattr(TrainConfig, name)]:
+            reporter.warn(f"without an epoch {', '.join(map(flag_of, idle))} had no effect.")
         return
     if job.progress.stop_reason:
         reporter.say(f"Stopped early: {job.progress.stop_reason}.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.config.phases import parse_phases
-from finetune.config.schema import OPTION_NAMES, TrainConfig, with_options
+from finetune.config.schema import OPTION_NAMES, TrainConfig, flag_of, with_options
 from finetune.config.yaml_io import from_yaml, to_yaml
 from finetune.data.listing import Listing
 from finetune.errors import ConfigError, DivergedError, MissingExtraError, RunError, first_ten, nearest
@@ -154,9 +154,7 @@ def opened_study(config: TrainConfig) -> Iterator[TrainConfig]:
 def _refuse_changes(config: TrainConfig, before: TrainConfig, folder: Path) -> None:
     """Refuse to compare trainings whose common options differ."""
     pairs = {name: (getattr(before, name), getattr(config, name)) for name in OPTION_NAMES if name not in FREE}
-    changes = [
-        f"--{name.replace('_', '-')} was {old!r} and is {new!r}" for name, (old, new) in pairs.items() if old != new
-    ]
+    changes = [f"{flag_of(name)} was {old!r} and is {new!r}" for name, (old, new) in pairs.items() if old != new]
     if changes:
         raise RunError(f"{folder} cannot be gone on with: {'; '.join(changes)}", "begin with another --output")
 

@@ -37,7 +37,7 @@ sys.path.insert(0, str(PROJECT))
 
 from tests.training.exact_resume import STEPS, write_images  # noqa: E402 (found through the line above)
 
-MODEL, PHASES, EPOCHS = "timm/test_resnet", "head:10,top2:15,all:25", 50
+MODEL, PHASES = "timm/test_resnet", "head:10,top2:15,all:25"
 OPTIONS = {
     "model": MODEL,
     "use_pretrained": False,

@@ -111,10 +111,12 @@ def test_a_finished_run_without_saves_is_not_trained_anew(data: Path) -> None:
     assert run.model.read_bytes() == before
 
 
-def test_a_run_of_no_epochs_can_be_given_some(data: Path) -> None:
+def test_a_run_of_no_epochs_can_be_given_some(data: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A solved head, as few images are given by default."""
-    options = OPTIONS | {"scenario": "small-similar", "epochs": 0}
-    run = finetune.train(data, output=data.parent / "run", **options).folder
+    options = OPTIONS | {"scenario": "small-similar", "epochs": 0, "mixup": 0.2, "patience": 3}
+    with caplog.at_level("WARNING", logger="finetune"):
+        run = finetune.train(data, output=data.parent / "run", **options).folder
+    assert "without an epoch --mixup, --patience had no effect." in caplog.messages
     assert not events_of(run, "epoch")
     finetune.train(output=run, resume=True, epochs=2)
     assert [event["epoch"] for event in events_of(run, "epoch")] == [1, 2]

@@ -138,7 +138,7 @@ def main() -> None:
             if row := one_kill(data, output, draw.uniform(0, seconds[workers]), workers):
                 rows.append(row)
                 print(len(rows), row, flush=True)
-    lost = max((max(row["recorded_step"] - row["saved_step"], 0) for row in rows if row["saved_step"] is not None))
+    lost = max(max(row["recorded_step"] - row["saved_step"], 0) for row in rows if row["saved_step"] is not None)
     wrong = [row for row in rows if row["digest"] != expected]
     anew = sum(row["saved_step"] is None for row in rows)
     story = (

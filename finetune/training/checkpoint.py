@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load, save
 
 from finetune.errors import RunError, StorageError, first_ten
@@ -22,11 +21,9 @@ from finetune.runs import strict_json
 from finetune.runs.folder import RunFolder, sync_folder, write_whole
 from finetune.runs.reporting import Reporter
 from finetune.training.generators import by_rank, pack_generators, unpack_generators
+from finetune.training.optimizer_state import Tensors, named_groups, pack_optimizer, pack_tensors, unpack_optimizer
 from finetune.training.progress import Progress
-from finetune.training.sharding import divided_like, whole_tensor
 from finetune.training.step import Learner
-
-Tensors = dict[str, torch.Tensor]
 
 FORMAT_NUMBER = 6
 SAVE_EVERY_SECONDS = 600.0
@@ -107,7 +104,7 @@ class Checkpointer:
         """
         started = time.monotonic()
         self.learner.collect()
-        generators, optimizer = self.learner.processes.gather(pack_generators()), _pack_optimizer(self.learner)
+        generators, optimizer = self.learner.processes.gather(pack_generators()), pack_optimizer(self.learner)
         self.refusal = self.learner.processes.from_main(lambda: self._refusal(progress, generators, optimizer))
         if self.refusal:
             self.failures += 1
@@ -156,8 +153,8 @@ def write_state(
     """
     model = learner.network
     files = {
-        "model.safetensors": save(_packed(model.state_dict())),
-        "optimizer.safetensors": save(_pack_optimizer(learner) if optimizer_tensors is None else optimizer_tensors),
+        "model.safetensors": save(pack_tensors(model.state_dict())),
+        "optimizer.safetensors": save(pack_optimizer(learner) if optimizer_tensors is None else optimizer_tensors),
         "rng.safetensors": save(by_rank(generators or [pack_generators()])),
         "state.json": strict_json.dump(
             {
@@ -165,7 +162,7 @@ def write_state(
                 "progress": progress.to_json(),
                 "schedule": learner.schedule.state(),
                 "scaler": learner.accelerator.scaler.state_dict() if learner.accelerator.scaler else None,
-                "optimizer_groups": _named_groups(learner),
+                "optimizer_groups": named_groups(learner),
                 "parts": learner.parts,
                 "identity": dict(identity),
                 "metrics_bytes": run.metrics.stat().st_size if run.metrics.exists() else 0,
@@ -173,11 +170,11 @@ def write_state(
         ).encode(),
     }
     if learner.average:
-        files["ema.safetensors"] = save(_packed(learner.average.module.state_dict()))
+        files["ema.safetensors"] = save(pack_tensors(learner.average.module.state_dict()))
     if learner.keeps_start:
-        files["start.safetensors"] = save(_packed(progress.start_weights))
+        files["start.safetensors"] = save(pack_tensors(progress.start_weights))
     if progress.best_step != progress.global_step and not _step_folder(run, progress.best_step).exists():
-        files["best.safetensors"] = save(_packed(progress.best_weights))  # its own save was refused or left out
+        files["best.safetensors"] = save(pack_tensors(progress.best_weights))  # its own save was refused or left out
     files["manifest.json"] = strict_json.dump(
         {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     ).encode()
@@ -241,7 +238,7 @@ def restore_state(state: SavedState, learner: Learner, *, is_longer: bool) -> Pr
     if learner.average:
         learner.average.module.load_state_dict(state.ema)
     learner.spread()
-    _unpack_optimizer(learner, state.optimizer, state.values["optimizer_groups"])
+    unpack_optimizer(learner, state.optimizer, state.values["optimizer_groups"])
     if is_longer and learner.schedule.every == "step":
         learner.schedule.catch_up(progress.global_step - progress.phase_step, first_rates)
     else:
@@ -368,50 +365,3 @@ def _checked(folder: Path) -> SavedState:
         start=load(files["start.safetensors"]) if "start.safetensors" in files else {},
         values=values,
     )
-
-
-def _packed(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """Return copies as safetensors takes them: on the CPU, apart from each other, in the order of their dimensions."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-
-
-def _pack_optimizer(learner: Learner) -> Tensors:
-    """Return to the main process the state tensors as "<parameter>/<state>"; the others add what they have of them."""
-    names = {id(parameter): name for name, parameter in learner.trained.named_parameters()}
-    tensors = {}
-    for parameter, state in learner.optimizer.state.items():
-        for key, value in state.items():
-            if isinstance(value, torch.Tensor):
-                whole = whole_tensor(value)
-                if learner.processes.is_main:
-                    tensors[f"{names[id(parameter)]}/{key}"] = whole.cpu()
-    return _packed(tensors)
-
-
-def _named_groups(learner: Learner) -> list[dict[str, Any]]:
-    """Return the optimiser's groups with parameters by name."""
-    names = {id(parameter): name for name, parameter in learner.trained.named_parameters()}
-    return [
-        {key: value for key, value in group.items() if key != "params"}
-        | {"params": [names[id(p)] for p in group["params"]]}
-        for group in learner.optimizer.param_groups
-    ]
-
-
-def _unpack_optimizer(learner: Learner, tensors: Mapping[str, torch.Tensor], groups: list[dict[str, Any]]) -> None:
-    parameters = dict(learner.trained.named_parameters())
-    order = [name for group in groups for name in group["params"]]
-    if order != [name for group in _named_groups(learner) for name in group["params"]]:
-        raise RunError("the saved optimiser moves other parameters than this run's", "train anew with --overwrite")
-    states: dict[int, Tensors] = {}
-    for path, tensor in tensors.items():
-        name, key = path.rsplit("/", 1)
-        placed = divided_like(parameters[name], tensor.to(parameters[name].device))
-        states.setdefault(order.index(name), {})[key] = placed
-    plain = [group | {"params": [order.index(name) for name in group["params"]]} | _tuples(group) for group in groups]
-    learner.optimizer.load_state_dict({"state": states, "param_groups": plain})
-
-
-def _tuples(group: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no tuples; Adam's betas are one."""
-    return {"betas": tuple(group["betas"])} if "betas" in group else {}

@@ -101,7 +101,7 @@ def train(
     reporter = _voice(reporter, processes)
     began = first_began(began, processes)
     with (
-        opened_run(asked, processes) as (whole, listing, run),
+        opened_run(asked, processes, reporter) as (whole, listing, run),
         deterministic_algorithms(is_asked=whole.deterministic),
     ):
         if whole.folds:
@@ -140,7 +140,10 @@ def find_learning_rate(
         raise ConfigError("the rates of one training are swept", "look for a rate without --folds")
     if launched_count() > 1:
         raise ConfigError("the rates are swept by one process", "look for a rate without a launcher such as torchrun")
-    with opened_run(asked, ALONE) as (whole, listing, run), deterministic_algorithms(is_asked=whole.deterministic):
+    with (
+        opened_run(asked, ALONE, reporter) as (whole, listing, run),
+        deterministic_algorithms(is_asked=whole.deterministic),
+    ):
         with closing(assemble(whole, run, listing, reporter, began=time.monotonic())) as job:
             sweep = sweep_rates(job.learner, job.batches.loaders, reporter=reporter)
         run.record("rate_sweep", asdict(sweep))

@@ -22,7 +22,8 @@ Activations = tuple[np.ndarray[Any, Any], ...]
 
 FORMAT_NUMBER = 2
 NEVER = "train with --boundary-cache never"
-LIBRARIES = ("torch", "torchvision", "timm", "pillow")  # another version may compute or decode a little differently
+LIBRARIES = ("torch", "torchvision", "timm", "pillow", "onnxruntime")
+"""Another version of these may compute or decode a little differently."""
 
 
 @dataclass(frozen=True, kw_only=True)

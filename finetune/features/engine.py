@@ -12,15 +12,15 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils.flop_counter import FlopCounterMode
 
-from finetune.runs.records import InputSpec
+from finetune.features.trunk import Trunk
 from finetune.runs.reporting import Reporter
 from finetune.runs.row_store import RowStore
 
@@ -49,18 +49,15 @@ EXPORT_REPAID = 100e9
 to a half and costs half a second to one."""
 
 
-def choose_kind(trunk: nn.Module, spec: InputSpec, *, images: int, device: torch.device) -> Kind:
+def choose_kind(trunk: Trunk, *, images: int, device: torch.device) -> Kind:
     """Return how `trunk` is to be computed on so many images: by what they are, and not by the clock.
 
-    So the features of a run are the same bits wherever they are computed anew: after a kill, after the cache was
-    cleared, and in however many processes. A GPU runs the network as it is, and so does the deterministic mode.
+    So with as many threads the features of a run are the same bits wherever they are computed anew: after a kill, or
+    after the cache was cleared. A GPU runs the network as it is, and so does the deterministic mode.
     """
     if device.type != "cpu" or torch.are_deterministic_algorithms_enabled():
         return "plain"
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        trunk(torch.zeros(1, spec.channels, spec.image_size_px, spec.image_size_px))
-    return "ONNX Runtime" if images * counter.get_total_flops() / 2 > EXPORT_REPAID else "folded"
+    return "ONNX Runtime" if images * trunk.multiply_adds > EXPORT_REPAID else "folded"
 
 
 class TrunkEngine:
@@ -274,16 +271,29 @@ def _quiet_exporter() -> Iterator[None]:
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    sys.stdout.flush()
-    kept, nowhere = os.dup(STDOUT), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, STDOUT)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _silent_output():
             warnings.simplefilter("ignore")
             yield
     finally:
-        ctypes.CDLL(None).fflush(None)
-        os.dup2(kept, STDOUT)
-        os.close(kept)
-        os.close(nowhere)
         logger.setLevel(level)
+
+
+@contextmanager
+def _silent_output() -> Iterator[None]:
+    """Let what is written on standard output go nowhere, by C too; where it is closed it does anyway."""
+    try:
+        kept = os.dup(STDOUT)
+    except OSError:
+        yield
+        return
+    if sys.stdout:
+        sys.stdout.flush()
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), STDOUT)
+        try:
+            yield
+        finally:
+            ctypes.CDLL(None).fflush(None)
+            os.dup2(kept, STDOUT)
+            os.close(kept)

@@ -75,7 +75,7 @@ class TrunkPass:
         spec = trunk.backbone.input_spec
         precision = "fp32" if device.type == "cpu" else precision
         self.short_side_px = spec.resize_px
-        kind = choose_kind(trunk.module, spec, images=images, device=device)
+        kind = choose_kind(trunk, images=images, device=device)
         self.cache: ActivationCache = open_activations(trunk, data_root, engine=kind, view=view, precision=precision)
         self.computed = 0
         self.seconds = 0.0

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.features.cut import Cut, feature_trunk
 from finetune.models.heads import head_module
@@ -54,6 +55,14 @@ class Trunk:
                 digest.update(f"{name} {array.dtype} {tuple(array.shape)};".encode())
                 digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    @cached_property
+    def multiply_adds(self) -> int:
+        """Multiplications and additions that an image takes, by torch's own counter, on the CPU."""
+        spec, counter = self.backbone.input_spec, FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            self.module(torch.zeros(1, spec.channels, spec.image_size_px, spec.image_size_px))
+        return int(counter.get_total_flops()) // 2
 
     def key(self) -> dict[str, Any]:
         """Return what determines its outputs for given images."""

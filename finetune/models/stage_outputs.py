@@ -67,6 +67,7 @@ def pool(output: Tensor) -> Tensor:
         output = output.mean(dim=(2, 3) if output.shape[2] == output.shape[3] else (1, 2))
     elif output.ndim == 3:
         output = output.mean(dim=1)
+    output = output.float()  # half precision has no room for the squares
     centred_BC = output - output.mean(dim=1, keepdim=True)  # torch's layer_norm wants sizes, which no tracer can give
     return centred_BC * torch.rsqrt(centred_BC.square().mean(dim=1, keepdim=True) + NORM_EPS)
 

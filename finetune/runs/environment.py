@@ -6,7 +6,18 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-PACKAGES = ("finetune", "torch", "torchvision", "timm", "accelerate", "scikit-learn", "numpy", "pillow", "safetensors")
+PACKAGES = (
+    "finetune",
+    "torch",
+    "torchvision",
+    "timm",
+    "accelerate",
+    "onnxruntime",
+    "scikit-learn",
+    "numpy",
+    "pillow",
+    "safetensors",
+)
 
 
 def describe_environment(*, device: str, processes: int, threads: int, precision: str, seed: int) -> dict[str, Any]:

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # in the environment, how often torchrun of this machine has restarted the job
-STEP_TIMEOUT = timedelta(minutes=5)  # for what all do at the same pace: a training step, an evaluation, a save
+STEP_TIMEOUT = timedelta(minutes=5)  # for what all do at the same pace: a training step
+EPOCH_TIMEOUT = timedelta(hours=1)  # for how far one may be behind in an evaluation, or at work on a save
 WORK_TIMEOUT = timedelta(days=1)  # where some wait for the long work of others; a process that ends is noticed at once
-MEETING_POLL_SECONDS = 0.05
+START, MEETING_POLL_SECONDS = "start", 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,8 @@ class Processes:
     local_count: int = 1
     group: Any = None
     """Over which they talk, by way of the CPU."""
-    step_group: Any = None
-    """The same, given up by who has waited for as long as a step may take."""
+    epoch_group: Any = None
+    """The same processes while they train, where none does long work that others wait for."""
     store: Any = None
     """What torchrun keeps for its job, over restarts too."""
     is_restarted: bool = False
@@ -53,9 +54,9 @@ class Processes:
         """Whether this is the one that writes and speaks."""
         return self.rank == 0
 
-    def in_step(self) -> "Processes":
-        """Return them as they are while all work at one pace, so that one that hangs is noticed."""
-        return replace(self, group=self.step_group)
+    def in_epoch(self) -> "Processes":
+        """Return them as they are while they train: one that hangs is given up after an hour, not a day."""
+        return replace(self, group=self.epoch_group)
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Return every `count`-th of `items`: those that are this process's to do."""
@@ -210,6 +211,8 @@ def join_processes(device: str) -> Processes:
             os.environ.setdefault(variable, "lo")
     if os.environ.get("OMP_NUM_THREADS") == "1" and is_torchrun:  # which sets it so, however many cores there are
         torch.set_num_threads(available_cores())
+    if not distributed.is_initialized():  # a machine that joined lets torchrun start all again, and count nothing
+        is_restarted = is_restarted or store.check([START])
     start, is_restarted = meet(store, rank, count, is_restarted=is_restarted)
     if not distributed.is_initialized():
         atexit.register(distributed.destroy_process_group)  # else its threads may abort an interpreter that ends
@@ -221,7 +224,7 @@ def join_processes(device: str) -> Processes:
         local_rank=state.local_process_index,
         local_count=local_count,
         group=distributed.new_group(backend="gloo", timeout=WORK_TIMEOUT),
-        step_group=distributed.new_group(backend="gloo", timeout=STEP_TIMEOUT),
+        epoch_group=distributed.new_group(backend="gloo", timeout=EPOCH_TIMEOUT),
         store=store if is_torchrun else None,
         is_restarted=is_restarted,
     )
@@ -234,27 +237,37 @@ def meet(store: Any, rank: int, count: int, *, is_restarted: bool) -> tuple[str,
     the job was restarted does not tell one start from another: every machine counts only what failed on it.
 
     Raises:
-        RuntimeError: They have not all come in the time of a step.
+        RunError: They have not all come in the time of a step.
     """
     me = f"{'again' if is_restarted else 'first'}-{uuid.uuid4().hex}"
     if rank == 0:
-        store.set("start", me)
+        store.set(START, me)
         others = [f"{me}/{other}" for other in range(1, count)]
-        store.wait(others, STEP_TIMEOUT)
+        try:
+            store.wait(others, STEP_TIMEOUT)
+        except RuntimeError as error:
+            raise _missed(rank, count) from error
         present = [me, *(store.get(other).decode() for other in others)]
         store.set(f"{me}/present", ",".join(present))
         return me, any(each.startswith("again") for each in present)
     start, present, deadline = "", [], time.monotonic() + STEP_TIMEOUT.total_seconds()
     while me not in present:  # what was said of an earlier start may stand there still
         if time.monotonic() > deadline:
-            raise RuntimeError(f"process {rank} of {count} has not met the others within {STEP_TIMEOUT}")
-        if store.check(["start"]) and (said := store.get("start").decode()) != start:
+            raise _missed(rank, count)
+        if store.check([START]) and (said := store.get(START).decode()) != start:
             start = said
             store.set(f"{start}/{rank}", me)
         if start and store.check([f"{start}/present"]):
             present = store.get(f"{start}/present").decode().split(",")
         time.sleep(MEETING_POLL_SECONDS)
     return start, any(each.startswith("again") for each in present)
+
+
+def _missed(rank: int, count: int) -> RunError:
+    return RunError(
+        f"process {rank} of {count} has not met the others within {STEP_TIMEOUT.total_seconds() / 60:.0f} minutes",
+        "start all of them with the same launcher and options, on machines that reach each other",
+    )
 
 
 def _require_devices(device: str, local_count: int, *, is_on_cpu: bool) -> None:

@@ -21,7 +21,7 @@ from finetune.data.read import read_images
 from finetune.data.scan import Onlooker, write_bad_files
 from finetune.data.split import apply_split, split_table, write_split_csv
 from finetune.data.table import ImageTable
-from finetune.errors import ModelError, RunError
+from finetune.errors import ConfigError, ModelError, RunError
 from finetune.features.extract import TrunkPass
 from finetune.models.device import resolve_device, resolve_precision
 from finetune.models.initialize import Backbone, build_backbone
@@ -64,7 +64,9 @@ def assemble(
     """
     device = resolve_device(config.device)
     seed_everything(config.seed)
-    budget = Budget(parse_seconds(config.budget), began=began, processes=processes.in_step()) if config.budget else None
+    budget = (
+        Budget(parse_seconds(config.budget), began=began, processes=processes.in_epoch()) if config.budget else None
+    )
     if config.resume:
         job, saved = _saved_job(config, run, listing, device, reporter, processes=processes)
         job.budget, job.is_fold = budget, is_fold
@@ -118,7 +120,7 @@ def _new_job(
 ) -> Job:
     backbone = _network(config, listing, device)
     if budget:
-        config, backbone = _in_time(config, listing, backbone, budget, device, processes=processes)
+        config, backbone = _in_time(config, listing, backbone, budget, device, processes=processes, reporter=reporter)
     with ExitStack() as stack:
         trunk_pass = None
         if is_studied(config, backbone):
@@ -171,20 +173,29 @@ def _in_time(
     device: torch.device,
     *,
     processes: Processes,
+    reporter: Reporter,
 ) -> tuple[TrainConfig, Backbone]:
     """Return the config and the network for images as large as there is time for, or as they are asked for."""
     spec = backbone.input_spec
-    size_px = processes.from_main(
-        lambda: budget.image_size(
-            backbone.module,
-            spec,
-            images=len(processes.share(listing.rows)),
-            decode_seconds=decoding_pace(ImageTable(listing.root, listing.rows), spec),
-            device=device,
-            may_shrink=config.image_size == "auto",
-        )
-    )
-    if size_px == spec.image_size_px:
+
+    def size() -> int:
+        try:
+            return budget.image_size(
+                backbone.module,
+                spec,
+                images=len(processes.share(listing.rows)),
+                decode_seconds=decoding_pace(ImageTable(listing.root, listing.rows), spec),
+                device=device,
+                is_studied=is_studied(config, backbone),
+            )
+        except ConfigError as error:
+            if config.image_size == "auto":
+                raise
+            reporter.warn(f"{error.message}; {error.hint}.")
+            return spec.image_size_px
+
+    size_px = processes.from_main(size)
+    if size_px == spec.image_size_px or config.image_size != "auto":
         return config, backbone
     sized = replace(config, image_size=size_px)
     try:
@@ -214,7 +225,7 @@ def _saved_job(
     _refuse_other_phases(config, plans, names, run, had_phases=bool(identity["phases"]))
     table, label_map = _images(config, run, listing, onlooker=None, processes=processes, reporter=reporter)
     if identity["data_fingerprint"] != table.fingerprint():
-        raise RunError(f"{run.path} cannot be resumed: its split.csv is not the one that training began with", ANEW)
+        raise RunError(f"{run.path} cannot be resumed: its split.csv was edited since training began", ANEW)
     if plans[0].head_inputs:
         attach_saved_stage_outputs(
             backbone.module,

@@ -112,20 +112,20 @@ class Budget:
         images: int,
         decode_seconds: float,
         device: torch.device,
-        may_shrink: bool = True,
+        is_studied: bool = True,
     ) -> int:
-        """Return the largest image size, up to that of `spec`, at which there is time for a look and for an epoch.
+        """Return the largest image size, from that of `spec` to half of it, at which there is time for an epoch.
 
         Args:
-            network: It looks at every image once, and learns from it in an epoch.
+            network: It looks at every image once if it `is_studied`, and learns from it in an epoch.
             spec: What the network sees.
             images: How many images there are, for each process.
             decode_seconds: What reading and decoding an image takes.
             device: Where `network` is.
-            may_shrink: Whether images may be smaller than `spec` says; by half at most.
+            is_studied: Whether it looks at the images before it learns.
 
         Raises:
-            ConfigError: There is no time to look at each image once.
+            ConfigError: There is no time to decode each image, and look at it, once.
         """
         size_px = spec.image_size_px
         images_BCHW = torch.zeros(MEASURED_IMAGES, spec.channels, size_px, size_px)
@@ -136,32 +136,34 @@ class Budget:
             started = time.monotonic()
             float(network(*inputs).sum())  # waits for a GPU
         seeing = (time.monotonic() - started) / MEASURED_IMAGES * images
-        decoding = decode_seconds * images
 
-        def look(size: int) -> float:
-            return decoding + seeing * (size / size_px) ** 2
+        def needed(size: int, *, epochs: int) -> float:
+            passes = is_studied + FORWARDS_AN_EPOCH * epochs
+            return decode_seconds * images * (1 + epochs) + seeing * passes * (size / size_px) ** 2
 
-        shares = SMALLER_SHARES if may_shrink else ()
-        smaller = (round(share * size_px / SIZE_STEP_PX) * SIZE_STEP_PX for share in shares)
+        smaller = (round(share * size_px / SIZE_STEP_PX) * SIZE_STEP_PX for share in SMALLER_SHARES)
         sizes = [size_px, *(size for size in smaller if SIZE_STEP_PX <= size < size_px)]
         affordable = self.left - self.ending
         if affordable <= 0:
             raise ConfigError(
                 f"--budget {self.seconds:.0f}s does not do: to start took {self.seconds - self.left:.0f} s, and "
                 f"{self.ending:.0f} s are kept for the end",
-                f"take a longer --budget, such as {math.ceil((self.seconds - affordable + 4 * look(size_px)) / 60)}m",
+                self._longer(needed(size_px, epochs=1) - affordable),
             )
         for size in sizes:
-            if look(size) * (1 + FORWARDS_AN_EPOCH) <= affordable:
+            if needed(size, epochs=1) <= affordable:
                 return size
-        least = look(sizes[-1])
+        least = needed(sizes[-1], epochs=0)
         if least > affordable:
             raise ConfigError(
                 f"--budget {self.seconds:.0f}s does not do: a look at each of the {images:,} images takes "
                 f"about {least:.0f} s, and {affordable:.0f} s are left",
-                f"take a longer --budget, such as {math.ceil((self.seconds - affordable + 4 * least) / 60)}m",
+                self._longer(needed(sizes[-1], epochs=1) - affordable),
             )
         return sizes[-1]
+
+    def _longer(self, seconds: float) -> str:
+        return f"take a longer --budget, such as {math.ceil((self.seconds + seconds) / 60)}m"
 
     def fit(self, pace: Pace, *, most: int, validations: int = 1) -> int:
         """Return how many epochs of this `pace`, `most` at most, there is time for, and stop in time for their end.

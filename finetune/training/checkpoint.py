@@ -293,6 +293,7 @@ def _place(target: Path, files: Mapping[str, bytes]) -> None:
         sync_folder(target.parent)
     except OSError:
         shutil.rmtree(part, ignore_errors=True)
+        _put_back(target.parent)
         raise
 
 
@@ -334,7 +335,10 @@ def _verified(folder: Path) -> SavedState:
     except FileNotFoundError as error:
         raise _Damage(f"{folder.name}/{Path(str(error.filename)).name} is missing") from error
     except OSError as error:
-        raise StorageError(f"{folder} cannot be read: {error}", "try again when the disk can be read") from error
+        raise StorageError(
+            f"{folder} cannot be read: {error}",
+            "try again when the disk can be read; without this folder --resume takes the save before it",
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _Damage(f"{folder.name}: {error}") from error
 

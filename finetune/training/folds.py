@@ -62,7 +62,7 @@ def train_folds(
 
     Each of these is a run in a folder of its own below folds/. What it holds back chooses nothing in it, so that its
     score is that of images not seen: the last epoch is kept. The one choice that all of them together make is whether
-    fine-tuning `is_worth_while`, or a solved head stays as it is. The last run, in `run`, takes their most frequent
+    fine-tuning `is_worth_while`, or solved heads stay as they are. The last run, in `run`, takes their most frequent
     scenario and the median of their epochs. Its scores of "valid" are those of the out-of-fold predictions. On a
     resume, finished ones stay as they are.
 
@@ -91,11 +91,11 @@ def train_folds(
         reporter.say(f"Fold {number + 1} of {config.folds}.")
         part = _held_back(table, fold_of, number)
         folds.append(_train_fold(config, run.fold(number), part, listing, reporter, processes=processes))
-    is_tuned = is_worth_while(folds)
-    if any(fold.solved_head for fold in folds):
-        _tell_the_choice(folds, is_tuned=is_tuned, reporter=reporter)
-    if not is_tuned:
-        folds = [replace(fold, held_out=fold.solved_head or fold.held_out, epochs=0) for fold in folds]
+    if heads := solved_heads(folds):
+        is_tuned = is_worth_while(folds, heads)
+        _tell_the_choice(folds, heads, is_tuned=is_tuned, reporter=reporter)
+        if not is_tuned:
+            folds = [replace(fold, held_out=head, epochs=0) for fold, head in zip(folds, heads, strict=True)]
     held_out = _joined([fold.held_out for fold in folds])
     accuracies = [fold.accuracy for fold in folds]
     low, high = accuracy_interval(accuracies)
@@ -108,31 +108,33 @@ def train_folds(
         job.held_out = held_out
         if processes.is_main and job.progress.is_new:
             values = {"folds": config.folds, "accuracies": accuracies, "mean": float(np.mean(accuracies))}
-            run.record("cross_validation", {**values, "interval": [low, high], "is_fine_tuned": is_tuned})
+            run.record("cross_validation", {**values, "interval": [low, high], "is_fine_tuned": job.plan.epochs > 0})
         return run_job(job, reporter)
 
 
-def is_worth_while(folds: Sequence[_Fold]) -> bool:
-    """Tell whether fine-tuning does better than the heads that it began from, over all folds.
+def solved_heads(folds: Sequence[_Fold]) -> list[Predictions]:
+    """Return what the solved heads of all folds predicted; nothing if none was fine-tuned, or some began at random."""
+    heads = [fold.solved_head if fold.epochs else fold.held_out for fold in folds]
+    known = [head for head in heads if head]
+    return known if len(known) == len(heads) and any(fold.epochs for fold in folds) else []
 
-    Of few images it must gain a point (Kim 2022, arXiv 2205.07874: there the solved head usually wins).
+
+def is_worth_while(folds: Sequence[_Fold], heads: Sequence[Predictions]) -> bool:
+    """Tell whether fine-tuning does better, over all folds, than the solved `heads` that it began from.
+
+    Of few images it must gain more than a point (Kim 2022, arXiv 2205.07874: there the solved head usually wins).
     """
-    tuned = [fold for fold in folds if fold.epochs]
-    before = [fold.solved_head for fold in tuned if fold.solved_head]
-    if not tuned or len(before) < len(tuned):
-        return True  # there is nothing to choose from
-    after = _joined([fold.held_out for fold in tuned])
+    before, after = _joined(heads), _joined([fold.held_out for fold in folds])
     images, classes = after.probabilities_NK.shape
-    gained = _right(after).sum() - _right(_joined(before)).sum()
+    gained = _right(after).sum() - _right(before).sum()
     return bool(gained > (WORTH_WHILE * images if images <= FEW_IMAGES * classes else 0))
 
 
-def _tell_the_choice(folds: Sequence[_Fold], *, is_tuned: bool, reporter: Reporter) -> None:
-    before, after = (
-        _right(_joined(parts)).mean()
-        for parts in ([fold.solved_head or fold.held_out for fold in folds], [fold.held_out for fold in folds])
-    )
-    verdict = "so that all is fine-tuned" if is_tuned else "which is not worth it: the head stays as it is solved"
+def _tell_the_choice(
+    folds: Sequence[_Fold], heads: Sequence[Predictions], *, is_tuned: bool, reporter: Reporter
+) -> None:
+    before, after = (_right(_joined(parts)).mean() for parts in (heads, [fold.held_out for fold in folds]))
+    verdict = "so that more than the head learns" if is_tuned else "not enough: the head stays as it is solved"
     reporter.say(f"On what was held back the solved head reaches {before:.1%} and fine-tuning {after:.1%}, {verdict}.")
 
 
@@ -160,8 +162,8 @@ def _write_plan(config: TrainConfig, run: RunFolder, table: ImageTable) -> None:
         apply_split(table, plan)
         return
     run.folds.mkdir(exist_ok=True)
-    write_split_csv(table, plan)
     write_whole(run.config, to_yaml(_lasting(config)))
+    write_split_csv(table, plan)
 
 
 def _lasting(config: TrainConfig) -> TrainConfig:
@@ -360,12 +362,12 @@ def _read_fold(run: RunFolder, reporter: Reporter) -> _Fold | None:
             epochs=int(_text(packed["epochs"])),
             scenario=_text(packed["scenario"]),
         )
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         reporter.warn(f"what {run.path} held back is damaged ({error}); this fold is trained again.")
         return None
 
 
-def _joined(parts: list[Predictions]) -> Predictions:
+def _joined(parts: Sequence[Predictions]) -> Predictions:
     """Return the predictions of all parts, in the order of the image paths."""
     paths = [path for part in parts for path in part.image_paths]
     order = np.array(sorted(range(len(paths)), key=paths.__getitem__))

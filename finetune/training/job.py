@@ -125,7 +125,7 @@ class Job:
             self.backbone,
             self.batches,
             device=self.device,
-            processes=self.processes.in_step(),
+            processes=self.processes.in_epoch(),
             reporter=self.reporter,
         )
         learner.averages_ends = learner.keeps_start and self.is_last_phase

@@ -12,16 +12,21 @@ from finetune.data.loaders import worker_faults
 from finetune.errors import ConfigError, RunError
 from finetune.runs.folder import RunFolder, next_free_folder, open_run
 from finetune.runs.processes import Processes, peer_faults
+from finetune.runs.reporting import Reporter
+from finetune.training.assemble import refuse_changes
+from finetune.training.job import fixed_options
 
 FOLDER = "run folder"  # of this job, which is to be found again after a restart
 RESTART_SECONDS = 30.0  # for which processes of a job that was killed may still hold it
 
 
 @contextmanager
-def opened_run(config: TrainConfig, processes: Processes) -> Iterator[tuple[TrainConfig, Listing, RunFolder]]:
+def opened_run(
+    config: TrainConfig, processes: Processes, reporter: Reporter
+) -> Iterator[tuple[TrainConfig, Listing, RunFolder]]:
     """List the images and open the run folder, named in the config then, while the main process writes to it."""
     with ExitStack() as stack, worker_faults(), peer_faults():
-        yield processes.from_main(lambda: _open(config, stack, processes))
+        yield processes.from_main(lambda: _open(config, stack, processes, reporter))
 
 
 def list_data(config: TrainConfig) -> Listing:
@@ -50,20 +55,25 @@ def require_outside(output: Path, config: TrainConfig, listing: Listing) -> None
         raise ConfigError(f"the run folder {output} lies inside DATA", "name an --output outside of it")
 
 
-def _open(config: TrainConfig, stack: ExitStack, processes: Processes) -> tuple[TrainConfig, Listing, RunFolder]:
+def _open(
+    config: TrainConfig, stack: ExitStack, processes: Processes, reporter: Reporter
+) -> tuple[TrainConfig, Listing, RunFolder]:
     listing = list_data(config)
     if folder := processes.recall(FOLDER):
         config = _going_on(config, Path(folder))
     output = config.output or next_free_folder(config.data, config.model)
-    config, before = replace(config, output=output), RunFolder(output)
+    config = replace(config, output=output)
     require_outside(output, config, listing)
-    if config.resume and before.config.exists() and not _has_saves(before) and not before.model.exists():
-        config = replace(config, resume=False, overwrite=True)  # it was killed before its first save: it begins again
     patience = RESTART_SECONDS if folder else 0.0
     run = stack.enter_context(
         open_run(output, resume=config.resume, overwrite=config.overwrite, patience_seconds=patience)
     )
     processes.remember(FOLDER, str(output))
+    if config.resume and not (_has_saves(run) or run.model.exists() or run.plots.exists()):
+        refuse_changes(config, fixed_options(from_yaml(run.config)), run)
+        reporter.say(f"{output} was stopped before its first save: it begins again.")
+        run.metrics.unlink(missing_ok=True)
+        config = replace(config, resume=False)
     return config, listing, run
 
 
@@ -78,4 +88,5 @@ def _going_on(config: TrainConfig, folder: Path) -> TrainConfig:
 
 
 def _has_saves(run: RunFolder) -> bool:
-    return any(run.checkpoints.glob("step-*")) or run.folds.is_dir()
+    """Tell whether a training has saved anything in its run folder, be it damaged."""
+    return any(run.checkpoints.glob("*step-*")) or (run.folds.is_dir() and run.config.exists())

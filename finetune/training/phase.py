@@ -54,7 +54,7 @@ def build_learner(
         step_factor=config.step_factor,
     )
     sharded = None
-    if is_sharding_asked(processes) and plan.head_start != "neighbours":
+    if is_sharding_asked(processes) and plan.epochs:
         _require_shardable(config, precision)
         sharded = ShardedModel(batches.model, processes=processes, device=device)
         sharded.give_to(optimizer)

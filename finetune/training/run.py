@@ -23,8 +23,8 @@ from finetune.training.stopping import EarlyStopping, Interruption
 from finetune.training.tracking import Tracking
 from finetune.training.watchers import EpochRecorder, ProgressBar
 
-OF_EPOCHS = ("mixup", "cutmix", "random_erasing", "label_smoothing", "averaging", "patience", "schedule")
-"""Options that say how epochs are trained, and nothing else."""
+OF_EPOCHS = ("mixup", "cutmix", "random_erasing", "label_smoothing", "averaging", "patience")
+"""Options that say how epochs are trained, and nothing else; no preset has any."""
 PREDICTION_COLUMNS = ("image_path", "split", "label", "predicted", "probability")
 
 
@@ -43,7 +43,7 @@ def run_job(job: Job, reporter: Reporter, *, watchers: Sequence[Watcher] = ()) -
         StorageError: The disk has refused several saves, or that of an interrupt.
     """
     started = time.monotonic()
-    with Interruption(job.processes.in_step()) as interruption, ExitStack() as stack:
+    with Interruption(job.processes.in_epoch()) as interruption, ExitStack() as stack:
         recorder = EpochRecorder(job.run, reporter) if job.processes.is_main else None
         others = [recorder, *watchers] if recorder else list(watchers)
         if job.config.tracker != "none" and job.processes.is_main:
@@ -117,7 +117,8 @@ def _tell_the_end(job: Job, reporter: Reporter, *, seconds: float) -> None:
             "random": f"The head is random; {why}.",
         }[job.plan.head_start]
         reporter.say(what)
-        if idle := [name for name in OF_EPOCHS if getattr(job.config, name) != getattr(TrainConfig, name)]:
+        idle = [name for name in OF_EPOCHS if getattr(job.config, name) != getattr(TrainConfig, name)]
+        if idle and not job.held_out:  # the folds of a cross-validation may have had epochs
             reporter.warn(f"without an epoch {', '.join(map(flag_of, idle))} had no effect.")
         return
     if job.progress.stop_reason:

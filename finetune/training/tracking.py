@@ -53,8 +53,8 @@ class Tracking:
             self.accelerator.init_trackers(project, config=values, init_kwargs={name: own.get(name, {})})
 
     def epoch_started(self, progress: Progress) -> None:
-        """Log the scores of the start, before the first epoch."""
-        if progress.is_new:
+        """Log the scores of the start, before the first step."""
+        if progress.global_step == 0:
             history = progress.history
             self._log({"valid_loss": history.start_loss, "valid_accuracy": history.start_accuracy}, 0)
 

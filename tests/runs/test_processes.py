@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from torch.distributed import HashStore
 
+from finetune.errors import RunError
 from finetune.runs import processes
 from finetune.runs.processes import meet
 
@@ -43,7 +44,8 @@ def test_a_start_that_ended_before_all_had_come_is_not_mistaken_for_this_one() -
     assert found[0][0] != "first-ended"
 
 
-def test_one_that_waits_in_vain_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_that_waits_in_vain_says_so(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     monkeypatch.setattr(processes, "STEP_TIMEOUT", processes.STEP_TIMEOUT * 0.001)
-    with pytest.raises(RuntimeError, match="process 1 of 2 has not met the others"):
-        meet(HashStore(), 1, 2, is_restarted=False)
+    with pytest.raises(RunError, match=f"process {rank} of 2 has not met the others"):
+        meet(HashStore(), rank, 2, is_restarted=False)

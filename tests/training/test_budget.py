@@ -99,14 +99,19 @@ def spec_of(size_px: int, channels: int = 3) -> InputSpec:
     return InputSpec(image_size_px=size_px, resize_px=size_px, interpolation="bilinear", mean=half, std=half)
 
 
-def test_what_decoding_takes_counts_too_and_asked_sizes_stay(stopped: Clock) -> None:
-    budget, network = Budget(140, began=100), Slow(stopped)
+def test_what_decoding_takes_counts_too_and_a_look_only_if_there_is_one(stopped: Clock) -> None:
+    """Of 10 images: 10 s for the network to see all, and 120 s left when that is known."""
     arguments = {"images": 10, "device": CPU}
-    assert budget.image_size(network, spec_of(224), decode_seconds=2.4, **arguments) == 160
-    budget = Budget(140, began=stopped.now)
-    assert budget.image_size(network, spec_of(224), decode_seconds=2.4, may_shrink=False, **arguments) == 224
-    with pytest.raises(ConfigError, match="a look at each of the 10 images takes about"):
-        budget.image_size(network, spec_of(224), decode_seconds=100.0, **arguments)
+
+    def size(decode_seconds: float, **options: bool) -> int:
+        budget = Budget(140, began=stopped.now)
+        return budget.image_size(Slow(stopped), spec_of(224), decode_seconds=decode_seconds, **options, **arguments)
+
+    assert size(3.9) == 224  # 2 × 39 + 4 × 10 s
+    assert size(4.1) == 160
+    assert size(4.1, is_studied=False) == 224
+    with pytest.raises(ConfigError, match=r"a look at each of the 10 images takes about 1[23]\d s"):
+        size(12.0)
 
 
 def test_the_pace_of_decoding_is_taken_from_images_that_can_be_read(folder: Path) -> None:

@@ -123,7 +123,7 @@ def test_a_split_that_was_edited_before_a_resume_is_refused(folder: Path, monkey
             train(folder)
     split = folder.parent / "run" / "split.csv"
     split.write_text(split.read_text().replace('"valid"', '"train"', 1))
-    with pytest.raises(RunError, match=r"split\.csv is not the one that training began with"):
+    with pytest.raises(RunError, match=r"split\.csv was edited since training began"):
         finetune.train(output=folder.parent / "run", resume=True)
 
 

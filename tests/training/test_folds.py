@@ -18,7 +18,7 @@ from finetune.evaluation.infer import Predictions
 from finetune.runs.folder import RunFolder
 from finetune.runs.model_file import read_metadata
 from finetune.training import folds
-from finetune.training.folds import accuracy_interval, fold_numbers, is_worth_while
+from finetune.training.folds import accuracy_interval, fold_numbers, is_worth_while, solved_heads
 from finetune.training.progress import Progress
 from finetune.training.watchers import ProgressBar
 from tests.training.exact_resume import write_images
@@ -244,7 +244,7 @@ def test_a_solved_head_stays_where_fine_tuning_gains_nothing(data: Path, tmp_pat
 def test_fine_tuning_follows_where_the_folds_are_better_for_it(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folds, "is_worth_while", lambda found: all(fold.solved_head for fold in found))
+    monkeypatch.setattr(folds, "is_worth_while", lambda found, heads: len(heads) == len(found))
     run = RunFolder(finetune.train(data, output=tmp_path / "run", **SOLVED).folder)
     events = run.events()
     assert [event["event"] for event in events].count("epoch") == 2
@@ -266,14 +266,21 @@ def test_fine_tuning_is_worth_while_if_it_gains(
 ) -> None:
     first, second = (images // 2, right_before // 2), (images - images // 2, right_before - right_before // 2)
     made = [fold_of(*first, first[1] + right_after - right_before), fold_of(*second, second[1])]
-    assert is_worth_while(made) == is_better
+    assert is_worth_while(made, solved_heads(made)) == is_better
 
 
 def test_of_few_images_it_must_gain_more_than_a_point() -> None:
-    assert not is_worth_while([fold_of(1000, 500, 510, classes=100)])
-    assert is_worth_while([fold_of(1000, 500, 511, classes=100)])
-    assert is_worth_while([replace(fold_of(1000, 500, 400), solved_head=None)]), "there is nothing to choose from"
-    assert is_worth_while([replace(fold_of(1000, 500, 400), epochs=0)])
+    for gained, is_better in ((10, False), (11, True)):
+        made = [fold_of(1000, 500, 500 + gained, classes=100)]
+        assert is_worth_while(made, solved_heads(made)) == is_better
+
+
+def test_there_is_a_choice_only_where_all_folds_have_a_solved_head_and_some_went_on_from_it() -> None:
+    tuned = fold_of(100, 50, 40)
+    left = replace(tuned, epochs=0, solved_head=None)
+    assert solved_heads([tuned, left]) == [tuned.solved_head, left.held_out]
+    assert solved_heads([left, left]) == []
+    assert solved_heads([tuned, replace(tuned, solved_head=None)]) == []
 
 
 def fold_of(images: int, right_before: int, right_after: int, classes: int = 2) -> Any:

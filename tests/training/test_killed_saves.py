@@ -188,6 +188,10 @@ def test_the_kernel_sees_a_save_made_durable_before_it_gets_its_name(tmp_path: P
             own = [call for call, where in saved if where == f"{name}/{file}"]
             assert own[-1] == "fsync"
             assert set(own[:-1]) == {"write"}
+        before = happened[: happened.index(("rename", name))]
+        deleted = {where.partition("/")[0] for call, where in before if call in ("unlink", "rmdir")}
+        assert name not in deleted
+        assert len(deleted - {""}) <= max(names.index(name) - 2, 0), "pruned before this one was in place"
         after = happened[happened.index(("rename", name)) + 1 :]
         pointed = [(call, re.sub(r"\.\d+\.part", "", where).removeprefix(".")) for call, where in after]
         assert pointed[0] == ("fsync", "")

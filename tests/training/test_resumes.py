@@ -1,5 +1,6 @@
 """What a resume can go on from: any end of a training, with any recipe, to the bits of one that was never stopped."""
 
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import finetune
 from finetune.errors import RunError
 from finetune.runs.folder import RunFolder
-from finetune.training import assemble, checkpoint
+from finetune.training import assemble, checkpoint, folds
 from finetune.training.progress import Progress
 from finetune.training.watchers import ProgressBar
 from tests.training.exact_resume import write_images
@@ -88,7 +89,9 @@ def test_a_training_with_any_recipe_is_gone_on_with_to_the_same_bits(
     assert RunFolder(resumed).model.read_bytes() == RunFolder(whole).model.read_bytes()
 
 
-def test_a_run_that_was_killed_before_its_first_save_begins_again(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_killed_before_its_first_save_begins_again(
+    data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = finetune.train(data, output=data.parent / "whole", **OPTIONS).folder
     run = data.parent / "run"
     with monkeypatch.context() as patch:
@@ -96,10 +99,35 @@ def test_a_run_that_was_killed_before_its_first_save_begins_again(data: Path, mo
         with pytest.raises(Stopped):
             finetune.train(data, output=run, **OPTIONS)
     assert (run / "config.yaml").exists()
-    finetune.train(output=run, resume=True)
+    with pytest.raises(RunError, match="--seed was 0 and is 3"):
+        finetune.train(output=run, resume=True, seed=3)
+    with caplog.at_level("INFO", logger="finetune"):
+        finetune.train(output=run, resume=True)
+    assert f"{run} was stopped before its first save: it begins again." in caplog.messages
     assert RunFolder(run).model.read_bytes() == RunFolder(whole).model.read_bytes()
     assert [event["epoch"] for event in events_of(run, "epoch")] == [1, 2, 3, 4]
     assert len(events_of(run, "start")) == 1
+
+
+def test_a_run_whose_saves_are_all_damaged_is_not_trained_anew(data: Path) -> None:
+    run = RunFolder(finetune.train(data, output=data.parent / "run", **OPTIONS).folder)
+    run.model.unlink()
+    shutil.rmtree(run.plots)
+    for manifest in run.checkpoints.glob("*/manifest.json"):
+        manifest.write_text("{")
+    for _ in range(2):
+        with pytest.raises(RunError, match="no training state"):
+            finetune.train(output=run.path, resume=True)
+    assert len(list(run.checkpoints.glob("*/model.safetensors"))) > 1
+
+
+def test_a_cross_validation_killed_as_it_began_begins_again(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(folds, "write_split_csv", lambda *_: die())
+        with pytest.raises(Stopped):
+            finetune.train(data, output=data.parent / "run", **OPTIONS, folds=2)
+    finetune.train(output=data.parent / "run", resume=True)
+    assert RunFolder(data.parent / "run").model.exists()
 
 
 def test_a_finished_run_without_saves_is_not_trained_anew(data: Path) -> None:

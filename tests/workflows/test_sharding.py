@@ -94,3 +94,13 @@ def test_what_cannot_be_divided_is_said(data: Path, tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "error: --averaging ema follows the whole network at every step, FSDP divides it" in done.stderr
     assert "finetune/training" not in done.stderr
+
+
+def test_where_nothing_is_trained_nothing_is_divided_and_epochs_can_follow(data: Path, tmp_path: Path) -> None:
+    run, options = tmp_path / "run", ["--model", "timm/test_resnet", "--no-use-pretrained", "--image-size", "32"]
+    options += ["--scenario", "small-similar", "--epochs", "0", *LOOP]
+    done = launch("-m", "finetune", "train", str(data), *options, "--output", str(run))
+    assert done.returncode == 0, done.stderr
+    longer = launch("-m", "finetune", "train", "--output", str(run), "--resume", "--epochs", "1", "--quiet")
+    assert longer.returncode == 0, longer.stderr
+    assert any(name.endswith("epoch/train_loss") for name in numbers(run))

@@ -269,7 +269,9 @@ def test_a_resume_refuses_other_options_and_other_images(
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(image.read_bytes())
     draw(copied / "1" / "0.png", (250, 0, 0), seed=77)
-    assert finetune("train", copied, "--output", run, "--resume").code == 4
+    refused = finetune("train", copied, "--output", run, "--resume")
+    assert refused.code == 3
+    assert "1 changed: '1/0.png'" in refused.err
 
 
 def test_a_resume_needs_no_weight_file_and_cannot_undo_epochs(

@@ -189,6 +189,7 @@ def join_processes(device: str) -> Processes:
 
     Raises:
         ConfigError: They cannot compute there together.
+        RunError: Some of them do not come.
     """
     is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if launched_count() == 1 and not is_torchrun:
@@ -211,8 +212,8 @@ def join_processes(device: str) -> Processes:
             os.environ.setdefault(variable, "lo")
     if os.environ.get("OMP_NUM_THREADS") == "1" and is_torchrun:  # which sets it so, however many cores there are
         torch.set_num_threads(available_cores())
-    if not distributed.is_initialized():  # a machine that joined lets torchrun start all again, and count nothing
-        is_restarted = is_restarted or store.check([START])
+    if rank == 0 and not distributed.is_initialized():
+        is_restarted |= store.check([START])  # torchrun does not count a start that is due to a machine that joined
     start, is_restarted = meet(store, rank, count, is_restarted=is_restarted)
     if not distributed.is_initialized():
         atexit.register(distributed.destroy_process_group)  # else its threads may abort an interpreter that ends

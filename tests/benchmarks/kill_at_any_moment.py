@@ -37,7 +37,7 @@ sys.path.insert(0, str(PROJECT))
 
 from tests.training.exact_resume import STEPS, write_images  # noqa: E402 (found through the line above)
 
-MODEL, PHASES = "timm/test_resnet", "head:10,top2:15,all:25"
+MODEL, PHASES = "timm/test_resnet", "head:5,top2:8,all:12"
 OPTIONS = {
     "model": MODEL,
     "use_pretrained": False,

@@ -10,9 +10,12 @@ from finetune.config.schema import TrainConfig
 from finetune.models.freezing import Scenario
 
 STEPS_WORTH = 500  # optimiser steps after which fine-tuning from a solved head has mostly settled
-EPOCHS_FINE_TUNING = (3, 10)  # fewest and most passes that make up those steps
+FEWEST_EPOCHS, MOST_EPOCHS, MOST_EPOCHS_FAR = 3, 10, 30  # that make up those steps
+"""Data that the features say less of gains by the longer training (tests/benchmarks/recipe_defaults.py)."""
 EPOCHS_FRESH = 30
-OWN_STATISTICS = 20_000  # training images from which BatchNorm does better with the data's own statistics
+OWN_STATISTICS = 20_000
+"""Training images from which BatchNorm does better with the data's own statistics; of few, be they far, it does worse
+with them (tests/benchmarks/recipe_defaults.py)."""
 EPOCHS_HEAD = 20
 USUAL_BATCH = 32
 DEPTH_RATIO_CNN: dict[Scenario, float] = {
@@ -178,5 +181,5 @@ def _epochs(scenario: Scenario, head_start: str, steps_per_epoch: int) -> int:
         return EPOCHS_FRESH
     if scenario == "small-similar":
         return EPOCHS_HEAD if head_start == "random" else 0
-    fewest, most = EPOCHS_FINE_TUNING
-    return min(most, max(fewest, round(STEPS_WORTH / steps_per_epoch)))
+    most = MOST_EPOCHS_FAR if scenario == "small-different" else MOST_EPOCHS
+    return min(most, max(FEWEST_EPOCHS, round(STEPS_WORTH / steps_per_epoch)))

@@ -24,7 +24,7 @@ from finetune.training import plan
 
 PER_CLASS, HELD_OUT, SEEDS, RATE = 20, 150, range(3), 1e-2
 BASE = {"scenario": "small-different", "image_size": 64, "boundary_cache": "never", "epochs": 10}
-DEFAULT = "as by default: the upper layers, 10 epochs, batch 32, light changes, BatchNorm fixed, no average"
+DEFAULT = "the upper layers, 10 epochs, batch 32, light changes, BatchNorm fixed, no average"
 CHANGES: dict[str, dict[str, Any]] = {
     "30 epochs": {"epochs": 30},
     "batch 64": {"batch_size": 64},

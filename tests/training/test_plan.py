@@ -38,6 +38,11 @@ def test_fine_tuning_lasts_about_five_hundred_steps(images: int, epochs: int) ->
     assert plan("large-similar", images=images).epochs == epochs
 
 
+@pytest.mark.parametrize(("images", "epochs"), [(320, 30), (3_200, 5), (320_000, 3)])
+def test_far_data_is_trained_for_longer_where_there_is_little_of_it(images: int, epochs: int) -> None:
+    assert plan("small-different", images=images).epochs == epochs
+
+
 def test_a_fresh_start_has_a_random_head_a_high_rate_and_its_own_statistics() -> None:
     found = plan("large-different")
     assert (found.start, found.head_start, found.batch_norm) == ("fresh", "random", "train")

@@ -274,6 +274,8 @@ def _add_gradients(
     """
     learner.optimizer.zero_grad()
     parts = learner.parts if learner.is_in_step else min(learner.parts, len(targets))
+    if not learner.is_in_step and 1 < parts < len(targets):
+        parts = min(parts, len(targets) // 2)  # of one image alone several threads make other bits each time
     whole = _weight(learner.criterion, targets)
     divisor = whole if learner.processes.count == 1 else 1.0
     total, right = 0.0, 0

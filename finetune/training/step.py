@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import convert_to_fp32, send_to_device
+from accelerate.utils import convert_to_fp32, send_to_device, slice_tensors
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -274,8 +274,6 @@ def _add_gradients(
     """
     learner.optimizer.zero_grad()
     parts = learner.parts if learner.is_in_step else min(learner.parts, len(targets))
-    if not learner.is_in_step and 1 < parts < len(targets):
-        parts = min(parts, len(targets) // 2)  # of one image alone several threads make other bits each time
     whole = _weight(learner.criterion, targets)
     divisor = whole if learner.processes.count == 1 else 1.0
     total, right = 0.0, 0
@@ -295,14 +293,20 @@ def _add_gradients(
 
 
 def _outputs(learner: Learner, inputs: Sequence[torch.Tensor], counting: int) -> Any:
-    """Return what the network gives, in float32, for inputs of which so many count."""
+    """Return what the network gives, in float32, for inputs of which so many count.
+
+    A processor computes a lone image together with a copy: the gradient of one by itself can come out in other bits
+    each time, where several threads share the work.
+    """
+    has_copy = counting == 1 and learner.accelerator.device.type == "cpu"
+    given = [torch.cat([each, each]) for each in inputs] if has_copy else inputs
     if learner.shared_statistics:
-        norms: AbstractContextManager[None] = learner.shared_statistics.over(counting)
+        norms: AbstractContextManager[None] = learner.shared_statistics.over(weight=counting / len(given[0]))
     else:
         norms = _lone_image_guard(learner.trained, counting)
     with norms, learner.accelerator.autocast():
-        outputs = learner.trained(*inputs)
-    return convert_to_fp32(outputs)
+        outputs = learner.trained(*given)
+    return convert_to_fp32(slice_tensors(outputs, slice(1)) if has_copy else outputs)
 
 
 def _zero(outputs: Any) -> torch.Tensor:

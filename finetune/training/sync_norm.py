@@ -25,12 +25,15 @@ class SharedStatistics(TorchFunctionMode):
     def __init__(self, processes: Processes) -> None:
         super().__init__()
         self.processes = processes
-        self.is_counting = True
+        self.weight = 1.0
 
     @contextmanager
-    def over(self, images: int) -> Iterator[None]:
-        """Enter it to compute so many images of this process: none if there is one, but it does not count."""
-        self.is_counting = images > 0
+    def over(self, *, weight: float) -> Iterator[None]:
+        """Enter it to compute images of this process of which each counts as so much of one.
+
+        It is 0 for an image that does not count, and 1/2 for one beside its copy, whose outputs go into no loss.
+        """
+        self.weight = weight
         with self:
             yield
 
@@ -78,7 +81,8 @@ class SharedStatistics(TorchFunctionMode):
         count = images_BC.numel() / channels
         mean_C = images_BC.mean(axes)
         squares_C = (images_BC - mean_C.view(_along_channels(images_BC))).square().sum(axes)
-        own = torch.cat([mean_C.new_tensor([len(images_BC), count]), mean_C, squares_C]) * self.is_counting
+        counts = mean_C.new_tensor([len(images_BC), count]) * self.weight
+        own = torch.cat([counts, mean_C, squares_C * self.weight])
         images_P, counts_P, means_PC, squares_PC = self.processes.stack(own).split([1, 1, channels, channels], dim=1)
         whole = counts_P.sum()
         mean_C = (counts_P * means_PC).sum(dim=0) / whole
@@ -97,7 +101,7 @@ class _Normalise(torch.autograd.Function):
         normal_BC = (images_BC.float() - mean_C.view(shape)) * scale_C.view(shape)
         ctx.save_for_backward(normal_BC, scale_C)
         ctx.count, ctx.processes, ctx.dtype = count, shared.processes, images_BC.dtype
-        ctx.is_counting = shared.is_counting
+        ctx.weight = shared.weight
         return normal_BC
 
     @staticmethod
@@ -108,8 +112,9 @@ class _Normalise(torch.autograd.Function):
         sums_2C = torch.stack([gradient_BC.sum(axes), (gradient_BC * normal_BC).sum(axes)])
         ctx.processes.sum(sums_2C)
         mean_C, slope_C = sums_2C / ctx.count
-        inputs_BC = (gradient_BC - mean_C.view(shape) - normal_BC * slope_C.view(shape)) * scale_C.view(shape)
-        return (inputs_BC * ctx.is_counting).to(ctx.dtype), None, None, None, None
+        through_statistics_BC = (mean_C.view(shape) + normal_BC * slope_C.view(shape)) * ctx.weight
+        inputs_BC = (gradient_BC - through_statistics_BC) * scale_C.view(shape)
+        return inputs_BC.to(ctx.dtype), None, None, None, None
 
 
 def _all_but_channels(images_BC: Tensor) -> list[int]:

@@ -44,6 +44,23 @@ def test_a_batch_in_parts_takes_the_step_of_the_whole(
         torch.testing.assert_close(gradients(split)[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("images", "parts"), [(1, 1), (11, 1), (7, 4), (5, 5)])
+def test_no_image_is_computed_alone(make_learner: Callable[..., Learner], images: int, parts: int) -> None:
+    """Of one by itself several threads can make other bits each time; with a copy the step is the same."""
+    learner, expected = still(make_learner(optimizer="sgd")), still(make_learner(optimizer="sgd"))
+    sizes: list[int] = []
+    learner.model.register_forward_pre_hook(lambda _model, inputs: sizes.append(len(inputs[0])))
+    learner.parts = parts
+    outcome = train_step(learner, [IMAGES[:images], CLASSES[:images]])
+    assert min(sizes) > 1
+    assert outcome.images == images
+    loss = expected.criterion(expected.model(IMAGES[:images]), CLASSES[:images])
+    loss.backward()
+    assert outcome.loss == pytest.approx(loss.item(), rel=1e-5)
+    for name, gradient in gradients(expected).items():
+        torch.testing.assert_close(gradients(learner)[name], gradient, rtol=1e-4, atol=1e-6)
+
+
 class Forgetful(nn.Module):
     """A network that runs out of memory on more than so many images."""
 

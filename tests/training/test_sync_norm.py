@@ -33,12 +33,30 @@ def test_an_image_that_does_not_count_is_normalised_by_the_others() -> None:
     norm, shared = nn.BatchNorm2d(4), SharedStatistics(ALONE)
     nn.init.constant_(norm.running_mean, 3.0)
     image_1CHW = torch.randn(1, 4, 3, 3)
-    with shared.over(0):
+    with shared.over(weight=0):
         torch.testing.assert_close(norm(image_1CHW), (image_1CHW - 3) / (1 + norm.eps) ** 0.5)
     assert torch.equal(norm.running_mean, torch.full((4,), 3.0))
-    with shared.over(2):
+    with shared.over(weight=1):
         norm(torch.cat([image_1CHW] * 2))
     assert not torch.equal(norm.running_mean, torch.full((4,), 3.0))
+
+
+def test_images_beside_their_copies_count_once() -> None:
+    """Statistics are those of the images; with no loss on the copies, gradients are too, once summed over both."""
+    torch.manual_seed(0)
+    images_BCHW, expected, own = torch.randn(5, 4, 3, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    outputs, gradient_BCHW, *others = pass_through(expected, images_BCHW)
+    twice = torch.cat([images_BCHW] * 2).requires_grad_()
+    with SharedStatistics(ALONE).over(weight=0.5):
+        found = own(twice)[:5]
+    (found * torch.linspace(-1, 2, found.numel()).view_as(found)).sum().backward()
+    torch.testing.assert_close(found, outputs)
+    assert twice.grad is not None
+    torch.testing.assert_close(twice.grad[:5] + twice.grad[5:], gradient_BCHW)
+    assert own.weight.grad is not None
+    assert own.bias.grad is not None
+    for one, other in zip(others, [own.weight.grad, own.bias.grad, *own.buffers()], strict=True):
+        torch.testing.assert_close(other, one)
 
 
 def test_vectors_and_bfloat16_keep_their_format() -> None:

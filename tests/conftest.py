@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # side by side the threads of one test would wait for those of another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 PROJECT = Path(__file__).resolve().parents[1]
 EXAMPLES = PROJECT / "data_examples"
 STAMPS = Path("/usr/share/tuxpaint/stamps")

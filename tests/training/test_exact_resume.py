@@ -1,5 +1,6 @@
 """A training stopped by a signal and resumed ends at the bits of one that was not; workers change nothing."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def _two_threads() -> Iterator[None]:
+    """Let two threads share the work, as on a user's machine, however many the tests have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_two_threads")
 @pytest.mark.parametrize("case", SOME, ids=str)
 def test_a_resume_is_exact(case: Case, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "TRAINING_PER_SAVE", 0)

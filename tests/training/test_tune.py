@@ -162,7 +162,7 @@ def test_a_search_for_nothing_is_refused(data: Path, tmp_path: Path, options: di
         ({"feature_extract": True, "epochs": 5}, {"weight_decay", "augmentation"}),
         ({"model": "linear", "loss": "hinge"}, {"weight_decay", "augmentation"}),
     ],
-    ids=str,
+    ids=["all layers", "phases", "head in phases", "head only", "classic"],
 )
 def test_only_what_has_an_effect_is_searched_unasked(options: dict[str, Any], left: set[str]) -> None:
     assert set(tune.searched_options(finetune.TrainConfig(data="x", **options), [])) == left

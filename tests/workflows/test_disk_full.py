@@ -85,7 +85,8 @@ def test_a_full_disk_keeps_the_saves_there_are_and_ends_with_its_own_code(tmp_pa
 )
 def test_what_may_only_be_read_is_said_in_a_line(words: list[str], run_on_disk: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
-    words = [word.replace("DATA", str(tmp_path / "images")).replace("DISK", str(disk)) for word in words]
+    disk.mkdir()
+    words = [word.replace("DATA", str(run_on_disk.parent / "images")).replace("DISK", str(disk)) for word in words]
     script = 'mount -t tmpfs none "$1" && cp -r "$2" "$1/old" && mount -o remount,ro "$1" || exit 99; shift 2; "$@"'
     command = [sys.executable, "-m", "finetune", *words]
     ended = in_namespace(script, str(disk), str(run_on_disk), *command)
@@ -96,10 +97,11 @@ def test_what_may_only_be_read_is_said_in_a_line(words: list[str], run_on_disk: 
     assert hint.startswith("hint: ")
 
 
-@pytest.fixture
-def run_on_disk(tmp_path: Path) -> Path:
-    write_images(tmp_path / "images")
-    (tmp_path / "disk").mkdir()
-    words = train(str(tmp_path / "images"), "--output", str(tmp_path / "run"), "--epochs", "1", *OPTIONS, "--quiet")
+@pytest.fixture(scope="module")
+def run_on_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, beside its images."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_images(folder / "images")
+    words = train(str(folder / "images"), "--output", str(folder / "run"), "--epochs", "1", *OPTIONS, "--quiet")
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-    return tmp_path / "run"
+    return folder / "run"

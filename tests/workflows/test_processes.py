@@ -150,10 +150,11 @@ def test_the_folds_of_a_large_probe_are_shared_and_its_bits_are_those_of_one_pro
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    write_images(tmp_path / "data")
-    return tmp_path / "data"
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images") / "data"
+    write_images(folder)
+    return folder
 
 
 def numbers(run: Path) -> dict[str, float]:
@@ -356,7 +357,7 @@ def saving_often(tmp_path: Path, more: str = "") -> str:
 
 def when_epochs(run: Path, count: int) -> None:
     """Wait until `count` epochs are recorded."""
-    for _ in range(1200):
+    for _ in range(2400):
         if sum(event["event"] == "epoch" for event in RunFolder(run).events()) >= count:
             return
         time.sleep(0.05)
@@ -366,12 +367,13 @@ def when_epochs(run: Path, count: int) -> None:
 LONG = [*OPTIONS, "--epochs", "40", "--batch-size", "7", "--workers", "0", "--averaging", "ema"]
 
 
-@pytest.fixture
-def undisturbed(data: Path, tmp_path: Path) -> bytes:
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The model that two processes make whom nobody disturbs."""
-    found = launch(saving_often(tmp_path), "train", str(data), "--output", str(tmp_path / "calm"), *LONG)
+    folder = tmp_path_factory.mktemp("undisturbed")
+    found = launch(saving_often(folder), "train", str(data), "--output", str(folder / "calm"), *LONG)
     assert found.returncode == 0, found.stderr
-    return (tmp_path / "calm" / "model.safetensors").read_bytes()
+    return (folder / "calm" / "model.safetensors").read_bytes()
 
 
 def kill_rank(rank: int) -> Callable[[subprocess.Popen[str]], None]:
@@ -436,7 +438,7 @@ def test_two_machines_train_as_one_does(data: Path, tmp_path: Path, monkeypatch:
         for rank in range(2)
     ]
     for machine in machines:
-        _, said = machine.communicate(timeout=120)
+        _, said = machine.communicate(timeout=300)
         assert machine.returncode == 0, said
     assert numbers(tmp_path / "two") == pytest.approx(numbers(tmp_path / "one"), abs=1e-6)
     for rank in range(2):
@@ -490,7 +492,7 @@ def _on_two_machines(
     try:
         disturb(machines)
         for machine in machines:
-            _, said = machine.communicate(timeout=180)
+            _, said = machine.communicate(timeout=300)
             assert machine.returncode == 0, said
     finally:
         for machine in machines:
@@ -532,7 +534,10 @@ def _disturbed(
     restarts: int = 0,
     workers: int = 0,
 ) -> subprocess.Popen[str]:
-    """Train in tmp_path/run, do something to the job in the middle, and wait for its end, a minute at most."""
+    """Train in tmp_path/run, do something to the job in the middle, and wait for its end.
+
+    That may take a minute, and where the job is restarted what is left of the training.
+    """
     words = [
         saving_often(tmp_path),
         "train",
@@ -548,7 +553,7 @@ def _disturbed(
         try:
             when_epochs(tmp_path / "run", 4)
             disturb(job)
-            job.wait(60)
+            job.wait(180 if restarts else 60)
         finally:
             job.kill()
     return job
@@ -574,7 +579,7 @@ def test_one_process_under_the_launcher_is_restarted_too(data: Path, tmp_path: P
         try:
             when_epochs(tmp_path / "run", 4)
             kill_rank(0)(job)
-            assert job.wait(60) == 0
+            assert job.wait(180) == 0
         finally:
             job.kill()
     epochs = [event["epoch"] for event in RunFolder(tmp_path / "run").events() if event["event"] == "epoch"]

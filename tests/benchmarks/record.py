@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("finetune", "torch", "torchvision", "timm", "onnxruntime", "scikit-learn", "numpy", "pillow")
 
@@ -17,14 +19,20 @@ def circumstances(command: str) -> dict[str, Any]:
     return {
         "command": command,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "machine": {"processors": os.cpu_count(), "platform": platform.platform(), "device": "cpu"},
+        "machine": {
+            "processors": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "platform": platform.platform(),
+            "device": "cpu",
+        },
     }
 
 
 def write_results(name: str, record: Mapping[str, Any], *, title: str, text: str) -> None:
     """Write results/NAME.json and .md; `text` is what the page says below command and versions."""
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
-    heading = f"# {title}\n\n`{record['command']}`; {os.cpu_count()} processors, no GPU; {versions}.\n"
+    machine = f"{record['machine']['processors']} processors, {record['machine']['threads']} threads, no GPU"
+    heading = f"# {title}\n\n`{record['command']}`; {machine}; {versions}.\n"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     (RESULTS / f"{name}.md").write_text(f"{heading}\n{text}")

@@ -1,9 +1,9 @@
 """The epochs of a training sent to an experiment tracker, by way of accelerate."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -17,6 +17,32 @@ from finetune.training.progress import Progress
 
 TrackerName = Literal["tensorboard", "mlflow", "wandb", "trackio"]
 PROJECT = "finetune"
+
+
+@dataclass(frozen=True)
+class _Service:
+    """How a tracker that keeps runs by itself begins one by a title, what it calls it then, and how it goes on."""
+
+    begin: Callable[[str], dict[str, str]]
+    call: Callable[[Any], str]
+    resume: Callable[[str], dict[str, str]]
+
+
+SERVICES = {
+    "mlflow": _Service(
+        begin=lambda title: {"run_name": title}, call=lambda run: run.info.run_id, resume=lambda run: {"run_id": run}
+    ),
+    "wandb": _Service(
+        begin=lambda title: {"name": title},
+        call=lambda run: run.id,
+        resume=lambda run: {"id": run, "resume": "allow"},
+    ),
+    "trackio": _Service(
+        begin=lambda title: {"name": title},
+        call=lambda run: run.name,
+        resume=lambda run: {"name": run, "resume": "allow"},
+    ),
+}
 
 
 def require_tracker(name: str) -> None:
@@ -33,8 +59,9 @@ def require_tracker(name: str) -> None:
 class Tracking:
     """A watcher that logs the scores of every epoch under its number; the scores of the start are those of epoch 0.
 
-    TensorBoard's files lie in the run folder; the others keep theirs where their own settings say. No training is lost
-    with a tracker that fails: that is told, and no more is sent to it.
+    TensorBoard's files lie in the run folder; the others keep theirs where their own settings say, and what they call
+    the run is an event of metrics.jsonl, by which a resume goes on with it. No training is lost with a tracker that
+    fails: that is told, and no more is sent to it.
     """
 
     def __init__(self, name: TrackerName, run: RunFolder, config: TrainConfig, reporter: Reporter) -> None:
@@ -43,14 +70,16 @@ class Tracking:
         self.has_failed = False
         self.accelerator = Accelerator(log_with=name, project_dir=run.path)
         values = {option: value if _is_plain(value) else str(value) for option, value in asdict(config).items()}
-        own: dict[str, dict[str, Any]] = {
-            "mlflow": {"run_name": run.path.name},
-            "wandb": {"name": run.path.name},
-            "trackio": {"name": run.path.name},
-        }
-        project = run.tensorboard.name if name == "tensorboard" else PROJECT
         with self._failures():
-            self.accelerator.init_trackers(project, config=values, init_kwargs={name: own.get(name, {})})
+            if name not in SERVICES:
+                self.accelerator.init_trackers(run.tensorboard.name, config=values)
+            elif begun := [event["run"] for event in run.events() if event.get("tracker") == name]:
+                self.accelerator.init_trackers(PROJECT, init_kwargs={name: SERVICES[name].resume(begun[-1])})
+            else:
+                begin = SERVICES[name].begin(run.path.name)
+                self.accelerator.init_trackers(PROJECT, config=values, init_kwargs={name: begin})
+                called = SERVICES[name].call(self.accelerator.get_tracker(name, unwrap=True))
+                run.record("tracker", {"tracker": name, "run": called})
 
     def epoch_started(self, progress: Progress) -> None:
         """Log the scores of the start, before the first step."""

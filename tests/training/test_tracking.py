@@ -33,16 +33,18 @@ def log(values, step=None, **_):
 """
 STAND_INS = {
     "wandb": """
-def init(project, name):
-    note("run", [project, name])
-    return SimpleNamespace(log=log, finish=lambda: note("end", None))
+def init(project, **more):
+    note("run", [project, more])
+    return SimpleNamespace(id="7", name="7", log=log, finish=lambda: note("end", None))
 config = SimpleNamespace(update=lambda values, allow_val_change: note("options", values))
 """,
     "mlflow": """
 utils = SimpleNamespace(validation=SimpleNamespace(MAX_PARAM_VAL_LENGTH=500, MAX_PARAMS_TAGS_PER_BATCH=1000))
 search_experiments = lambda filter_string: []
 create_experiment = lambda name, **_: name
-start_run = lambda experiment_id, run_name, **_: note("run", [experiment_id, run_name])
+def start_run(experiment_id, **more):
+    note("run", [experiment_id, {name: value for name, value in more.items() if name.startswith("run") and value}])
+    return SimpleNamespace(info=SimpleNamespace(run_id="7"))
 log_params = lambda values: note("options", values)
 log_metrics = log
 end_run = lambda: note("end", None)
@@ -50,6 +52,12 @@ end_run = lambda: note("end", None)
 }
 STAND_INS["trackio"] = STAND_INS["wandb"]
 """What accelerate calls of each package, writing down what it is called with: the packages themselves are large."""
+BEGUN = {"wandb": {"name": "a run"}, "mlflow": {"run_name": "a run"}, "trackio": {"name": "a run"}}
+GONE_ON_WITH = {
+    "wandb": {"id": "7", "resume": "allow"},
+    "mlflow": {"run_id": "7"},
+    "trackio": {"name": "7", "resume": "allow"},
+}
 
 
 def test_tensorboard_gets_every_epoch(tmp_path: Path) -> None:
@@ -77,19 +85,21 @@ def test_every_other_tracker_gets_the_options_and_every_epoch_of_a_run(tmp_path:
     about.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     (packages / f"{name}.py").write_text(RECORDER + STAND_INS[name])
     write_images(tmp_path / "data")
-    options = ["--model", "lenet5", "--epochs", "2", "--tracker", name, "--output", str(run), "--quiet"]
-    subprocess.run(
-        [sys.executable, "-m", "finetune", "train", str(tmp_path / "data"), *options],
-        env={**os.environ, "PYTHONPATH": str(packages), "NOTES": str(notes)},
-        check=True,
-    )
+    begin = [str(tmp_path / "data"), "--model", "lenet5", "--epochs", "2", "--tracker", name]
+    for words in (begin, ["--resume", "--epochs", "3"]):
+        subprocess.run(
+            [sys.executable, "-m", "finetune", "train", *words, "--output", str(run), "--quiet"],
+            env={**os.environ, "PYTHONPATH": str(packages), "NOTES": str(notes)},
+            check=True,
+        )
     found = [json.loads(line) for line in notes.read_text().splitlines()]
-    assert [what for what, _, _ in found] == ["run", "options", "log", "log", "log", "end"]
-    assert found[0][1] == ["finetune", "a run"]
+    whats = ["run", "options", "log", "log", "log", "end"]
+    assert [what for what, _, _ in found] == [*whats, "run", "log", "end"]
+    assert [found[0][1], found[6][1]] == [["finetune", BEGUN[name]], ["finetune", GONE_ON_WITH[name]]]
     assert {"model": "lenet5", "epochs": 2}.items() <= found[1][1].items()
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     start, *epochs = (event for event in events if event["event"] in ("start", "epoch"))
-    for (_, values, step), event in zip(found[2:5], [start, *epochs], strict=True):
+    for (_, values, step), event in zip([*found[2:5], found[7]], [start, *epochs], strict=True):
         assert step == event.get("epoch", 0)
         assert values["valid_loss"] == pytest.approx(event["valid_loss"])
         assert values["valid_accuracy"] == event["valid_accuracy"]

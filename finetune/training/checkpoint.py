@@ -214,6 +214,12 @@ def read_state(run: RunFolder, reporter: Reporter) -> SavedState:
     raise RunError(f"{run.path} holds no training state to resume from", "train anew with --overwrite")
 
 
+def holds_saves(folder: Path) -> bool:
+    """Tell whether a save in `folder` was ever whole, also one that is being replaced or was found damaged since."""
+    names = ("step-*", ".step-*.old.part", ".step-*.damaged.part")
+    return any(any(folder.glob(name)) for name in names)
+
+
 def _put_back(folder: Path) -> None:
     """Give a save its name again that was to be replaced when the process was killed."""
     for old in folder.glob(".step-*.old.part"):

@@ -14,6 +14,7 @@ from finetune.runs.folder import RunFolder, next_free_folder, open_run
 from finetune.runs.processes import Processes, peer_faults
 from finetune.runs.reporting import Reporter
 from finetune.training.assemble import refuse_changes
+from finetune.training.checkpoint import holds_saves
 from finetune.training.job import fixed_options
 
 FOLDER = "run folder"  # of this job, which is to be found again after a restart
@@ -89,4 +90,4 @@ def _going_on(config: TrainConfig, folder: Path) -> TrainConfig:
 
 def _has_saves(run: RunFolder) -> bool:
     """Tell whether a training has saved anything in its run folder, be it damaged."""
-    return any(run.checkpoints.glob("*step-*")) or (run.folds.is_dir() and run.config.exists())
+    return holds_saves(run.checkpoints) or (run.folds.is_dir() and run.config.exists())

@@ -89,16 +89,20 @@ def test_a_training_with_any_recipe_is_gone_on_with_to_the_same_bits(
     assert RunFolder(resumed).model.read_bytes() == RunFolder(whole).model.read_bytes()
 
 
-def test_a_run_that_was_killed_before_its_first_save_begins_again(
-    data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    "place", [(checkpoint.Checkpointer, "save"), (checkpoint, "sync_folder")], ids=["before", "in"]
+)
+def test_a_run_that_was_killed_before_its_first_save_was_whole_begins_again(
+    data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: tuple[object, str]
 ) -> None:
     whole = finetune.train(data, output=data.parent / "whole", **OPTIONS).folder
     run = data.parent / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Checkpointer, "save", lambda *_: die())
+        patch.setattr(*place, lambda *_: die())
         with pytest.raises(Stopped):
             finetune.train(data, output=run, **OPTIONS)
     assert (run / "config.yaml").exists()
+    assert len(list((run / "checkpoints").glob("*"))) == (place[1] == "sync_folder")
     with pytest.raises(RunError, match="--seed was 0 and is 3"):
         finetune.train(output=run, resume=True, seed=3)
     with caplog.at_level("INFO", logger="finetune"):

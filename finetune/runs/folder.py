@@ -69,6 +69,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def trackers(self) -> Path:
+        """What experiment trackers call this run, for a resume."""
+        return self.checkpoints / "trackers.json"
+
+    @property
     def folds(self) -> Path:
         """The runs of a cross-validation."""
         return self.path / "folds"

@@ -1,5 +1,6 @@
 """One optimiser step: a batch computed in as many parts as the memory wants, checked, and only then applied."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -176,7 +177,7 @@ def train_step(learner: Learner, batch: Sequence[Any] | None, *, step: int = 1) 
 
     Raises:
         DivergedError: Loss or gradient is not finite; no weight was changed.
-        RuntimeError: The memory does not suffice for a single image.
+        RuntimeError: The memory does not suffice for a single image, on a processor for two.
     """
     if batch is not None:
         outcome = _learn(learner, batch, step)
@@ -273,7 +274,9 @@ def _add_gradients(
     It is that of the mean loss, or of the sum where several processes add theirs up before they divide.
     """
     learner.optimizer.zero_grad()
-    parts = learner.parts if learner.is_in_step else min(learner.parts, len(targets))
+    parts = learner.parts
+    if not learner.is_in_step:  # as few as are no larger, so that hardly an image is alone
+        parts = math.ceil(len(targets) / math.ceil(len(targets) / parts))
     whole = _weight(learner.criterion, targets)
     divisor = whole if learner.processes.count == 1 else 1.0
     total, right = 0.0, 0

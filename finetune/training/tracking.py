@@ -10,8 +10,9 @@ from typing import Any, Literal
 from accelerate import Accelerator
 
 from finetune.config.schema import TrainConfig
-from finetune.errors import MissingExtraError
-from finetune.runs.folder import RunFolder
+from finetune.errors import MissingExtraError, StorageError
+from finetune.runs import strict_json
+from finetune.runs.folder import RunFolder, write_whole
 from finetune.runs.reporting import Reporter
 from finetune.training.progress import Progress
 
@@ -59,9 +60,9 @@ def require_tracker(name: str) -> None:
 class Tracking:
     """A watcher that logs the scores of every epoch under its number; the scores of the start are those of epoch 0.
 
-    TensorBoard's files lie in the run folder; the others keep theirs where their own settings say, and what they call
-    the run is an event of metrics.jsonl, by which a resume goes on with it. No training is lost with a tracker that
-    fails: that is told, and no more is sent to it.
+    TensorBoard's files lie in the run folder; the others keep theirs where their own settings say. What they call the
+    run is kept, and a resume goes on with it. No training is lost with a tracker that fails: that is told, and no more
+    is sent to it.
     """
 
     def __init__(self, name: TrackerName, run: RunFolder, config: TrainConfig, reporter: Reporter) -> None:
@@ -73,13 +74,32 @@ class Tracking:
         with self._failures():
             if name not in SERVICES:
                 self.accelerator.init_trackers(run.tensorboard.name, config=values)
-            elif begun := [event["run"] for event in run.events() if event.get("tracker") == name]:
-                self.accelerator.init_trackers(PROJECT, init_kwargs={name: SERVICES[name].resume(begun[-1])})
-            else:
+            elif not self._goes_on(run):
                 begin = SERVICES[name].begin(run.path.name)
                 self.accelerator.init_trackers(PROJECT, config=values, init_kwargs={name: begin})
-                called = SERVICES[name].call(self.accelerator.get_tracker(name, unwrap=True))
-                run.record("tracker", {"tracker": name, "run": called})
+                self._keep_name(run)
+
+    def _goes_on(self, run: RunFolder) -> bool:
+        """Go on with the run that an interrupted training has begun, if there is one and it can be found."""
+        called = _names(run).get(self.name)
+        if called is None:
+            return False
+        try:
+            self.accelerator.init_trackers(PROJECT, init_kwargs={self.name: SERVICES[self.name].resume(called)})
+        except Exception as error:  # each tracker has its own: it was deleted, or is on another server
+            self.reporter.warn(f"{self.name} cannot go on with its run {called} ({error}): a new one begins.")
+            self.accelerator.trackers.clear()
+            return False
+        return True
+
+    def _keep_name(self, run: RunFolder) -> None:
+        """Keep what the tracker calls the run for a resume."""
+        called = SERVICES[self.name].call(self.accelerator.get_tracker(self.name, unwrap=True))
+        try:
+            run.trackers.parent.mkdir(exist_ok=True)
+            write_whole(run.trackers, strict_json.dump(_names(run) | {self.name: called}))
+        except (OSError, StorageError) as error:
+            self.reporter.warn(f"{error}; a resume will begin a new run in {self.name}.")
 
     def epoch_started(self, progress: Progress) -> None:
         """Log the scores of the start, before the first step."""
@@ -114,6 +134,14 @@ class Tracking:
             if not self.has_failed:
                 self.reporter.warn(f"{self.name} fails ({error}); metrics.jsonl has what it will lack from here on.")
             self.has_failed = True
+
+
+def _names(run: RunFolder) -> dict[str, str]:
+    """Return what trackers call `run`."""
+    try:
+        return dict(strict_json.parse(run.trackers.read_bytes()))
+    except (OSError, ValueError):
+        return {}
 
 
 def _is_plain(value: object) -> bool:

@@ -61,6 +61,19 @@ def test_no_image_is_computed_alone(make_learner: Callable[..., Learner], images
         torch.testing.assert_close(gradients(learner)[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("images", "parts", "sizes"), [(9, 8, [2] * 5), (11, 3, [4, 4, 3]), (7, 4, [2] * 4)])
+def test_parts_are_as_few_as_are_no_larger(
+    make_learner: Callable[..., Learner], images: int, parts: int, sizes: list[int]
+) -> None:
+    """A batch that its parts do not divide leaves one image at most alone, of which BatchNorm learns nothing."""
+    learner, found = make_learner(), []
+    learner.model.train()
+    learner.parts = parts
+    learner.model.register_forward_pre_hook(lambda _model, inputs: found.append(len(inputs[0])))
+    outcome = train_step(learner, [IMAGES[:images], CLASSES[:images]])
+    assert (outcome.images, found) == (images, sizes)
+
+
 class Forgetful(nn.Module):
     """A network that runs out of memory on more than so many images."""
 
@@ -108,7 +121,7 @@ def test_dropout_draws_the_same_after_an_attempt_that_failed(make_learner: Calla
 
 def test_memory_that_does_not_do_for_one_image_is_an_error(make_learner: Callable[..., Learner]) -> None:
     learner = make_learner()
-    learner.model, learner.reporter = Forgetful(learner.model, 0), Heard()  # type: ignore[assignment]
+    learner.model, learner.reporter = Forgetful(learner.model, 1), Heard()  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         train_step(learner, [IMAGES, CLASSES])
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from accelerate import Accelerator
@@ -103,6 +105,42 @@ def test_every_other_tracker_gets_the_options_and_every_epoch_of_a_run(tmp_path:
         assert step == event.get("epoch", 0)
         assert values["valid_loss"] == pytest.approx(event["valid_loss"])
         assert values["valid_accuracy"] == event["valid_accuracy"]
+
+
+def test_a_run_that_the_tracker_has_lost_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun: list[dict[str, Any]] = []
+
+    def init_trackers(self: Accelerator, project: str, *, init_kwargs: dict[str, Any], config: object = None) -> None:
+        begun.append(init_kwargs["wandb"])
+        if "id" in begun[-1]:
+            raise LookupError("no such run")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", init_trackers)
+    monkeypatch.setattr(Accelerator, "get_tracker", lambda *_, **__: SimpleNamespace(id=f"run {len(begun)}"))
+    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: ["wandb"])
+    run, reporter = RunFolder(tmp_path / "here"), LoggingReporter()
+    run.path.mkdir()
+    with caplog.at_level("WARNING", logger="finetune"):
+        trackings = [Tracking("wandb", run, TrainConfig(data="images"), reporter) for _ in range(2)]
+    assert begun == [{"name": "here"}, {"id": "run 1", "resume": "allow"}, {"name": "here"}]
+    assert json.loads(run.trackers.read_text()) == {"wandb": "run 3"}
+    assert caplog.messages == ["wandb cannot go on with its run run 1 (no such run): a new one begins."]
+    assert not any(tracking.has_failed for tracking in trackings)
+
+
+def test_a_name_that_the_disk_refuses_stops_no_tracker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda *_, **__: None)
+    monkeypatch.setattr(Accelerator, "get_tracker", lambda *_, **__: SimpleNamespace(id="7"))
+    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: ["wandb"])
+    (tmp_path / "checkpoints").write_text("no folder")
+    with caplog.at_level("WARNING", logger="finetune"):
+        tracking = Tracking("wandb", RunFolder(tmp_path), TrainConfig(data="images"), LoggingReporter())
+    assert not tracking.has_failed
+    assert caplog.messages[-1].endswith("a resume will begin a new run in wandb.")
 
 
 @pytest.mark.parametrize("place", ["init_trackers", "log"])

@@ -31,7 +31,8 @@ def circumstances(command: str) -> dict[str, Any]:
 def write_results(name: str, record: Mapping[str, Any], *, title: str, text: str) -> None:
     """Write results/NAME.json and .md; `text` is what the page says below command and versions."""
     versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
-    machine = f"{record['machine']['processors']} processors, {record['machine']['threads']} threads, no GPU"
+    threads = record["machine"]["threads"]
+    machine = f"{record['machine']['processors']} processors, {threads} thread{'s' * (threads > 1)}, no GPU"
     heading = f"# {title}\n\n`{record['command']}`; {machine}; {versions}.\n"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")

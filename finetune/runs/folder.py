@@ -70,7 +70,7 @@ class RunFolder:
 
     @property
     def trackers(self) -> Path:
-        """What experiment trackers call this run, for a resume."""
+        """The ids that experiment trackers have given this run, for a resume."""
         return self.checkpoints / "trackers.json"
 
     @property

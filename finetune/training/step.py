@@ -177,7 +177,7 @@ def train_step(learner: Learner, batch: Sequence[Any] | None, *, step: int = 1) 
 
     Raises:
         DivergedError: Loss or gradient is not finite; no weight was changed.
-        RuntimeError: The memory does not suffice for a single image, on a processor for two.
+        RuntimeError: The memory does not suffice for a single image, on a CPU for two.
     """
     if batch is not None:
         outcome = _learn(learner, batch, step)
@@ -298,7 +298,7 @@ def _add_gradients(
 def _outputs(learner: Learner, inputs: Sequence[torch.Tensor], counting: int) -> Any:
     """Return what the network gives, in float32, for inputs of which so many count.
 
-    A processor computes a lone image together with a copy: the gradient of one by itself can come out in other bits
+    A CPU computes a lone image together with a copy: the gradient of one by itself can come out in other bits
     each time, where several threads share the work.
     """
     has_copy = counting == 1 and learner.accelerator.device.type == "cpu"

@@ -22,26 +22,28 @@ PROJECT = "finetune"
 
 @dataclass(frozen=True)
 class _Service:
-    """How a tracker that keeps runs by itself begins one by a title, what it calls it then, and how it goes on."""
+    """How a tracker that keeps runs by itself begins one with a title, what its id is, and how it goes on with that."""
 
     begin: Callable[[str], dict[str, str]]
-    call: Callable[[Any], str]
+    run_id: Callable[[Any], str]
     resume: Callable[[str], dict[str, str]]
 
 
 SERVICES = {
     "mlflow": _Service(
-        begin=lambda title: {"run_name": title}, call=lambda run: run.info.run_id, resume=lambda run: {"run_id": run}
+        begin=lambda title: {"run_name": title},
+        run_id=lambda run: run.info.run_id,
+        resume=lambda run_id: {"run_id": run_id},
     ),
     "wandb": _Service(
         begin=lambda title: {"name": title},
-        call=lambda run: run.id,
-        resume=lambda run: {"id": run, "resume": "allow"},
+        run_id=lambda run: run.id,
+        resume=lambda run_id: {"id": run_id, "resume": "allow"},
     ),
     "trackio": _Service(
         begin=lambda title: {"name": title},
-        call=lambda run: run.name,
-        resume=lambda run: {"name": run, "resume": "allow"},
+        run_id=lambda run: run.name,  # a run is gone on with by its name only
+        resume=lambda run_id: {"name": run_id, "resume": "allow"},
     ),
 }
 
@@ -60,9 +62,9 @@ def require_tracker(name: str) -> None:
 class Tracking:
     """A watcher that logs the scores of every epoch under its number; the scores of the start are those of epoch 0.
 
-    TensorBoard's files lie in the run folder; the others keep theirs where their own settings say. What they call the
-    run is kept, and a resume goes on with it. No training is lost with a tracker that fails: that is told, and no more
-    is sent to it.
+    TensorBoard's files lie in the run folder; the others keep theirs where their own settings say. The id of the run
+    there is kept, and a resume goes on with it. No training is lost with a tracker that fails: that is told, and no
+    more is sent to it.
     """
 
     def __init__(self, name: TrackerName, run: RunFolder, config: TrainConfig, reporter: Reporter) -> None:
@@ -77,27 +79,27 @@ class Tracking:
             elif not self._goes_on(run):
                 begin = SERVICES[name].begin(run.path.name)
                 self.accelerator.init_trackers(PROJECT, config=values, init_kwargs={name: begin})
-                self._keep_name(run)
+                self._keep_run_id(run)
 
     def _goes_on(self, run: RunFolder) -> bool:
         """Go on with the run that an interrupted training has begun, if there is one and it can be found."""
-        called = _names(run).get(self.name)
-        if called is None:
+        run_id = _run_ids(run).get(self.name)
+        if run_id is None:
             return False
         try:
-            self.accelerator.init_trackers(PROJECT, init_kwargs={self.name: SERVICES[self.name].resume(called)})
+            self.accelerator.init_trackers(PROJECT, init_kwargs={self.name: SERVICES[self.name].resume(run_id)})
         except Exception as error:  # each tracker has its own: it was deleted, or is on another server
-            self.reporter.warn(f"{self.name} cannot go on with its run {called} ({error}): a new one begins.")
+            self.reporter.warn(f"{self.name} cannot go on with its run {run_id} ({error}): a new one begins.")
             self.accelerator.trackers.clear()
             return False
         return True
 
-    def _keep_name(self, run: RunFolder) -> None:
-        """Keep what the tracker calls the run for a resume."""
-        called = SERVICES[self.name].call(self.accelerator.get_tracker(self.name, unwrap=True))
+    def _keep_run_id(self, run: RunFolder) -> None:
+        """Keep the id that the tracker has given the run, for a resume."""
+        run_id = SERVICES[self.name].run_id(self.accelerator.get_tracker(self.name, unwrap=True))
         try:
             run.trackers.parent.mkdir(exist_ok=True)
-            write_whole(run.trackers, strict_json.dump(_names(run) | {self.name: called}))
+            write_whole(run.trackers, strict_json.dump(_run_ids(run) | {self.name: run_id}))
         except (OSError, StorageError) as error:
             self.reporter.warn(f"{error}; a resume will begin a new run in {self.name}.")
 
@@ -136,8 +138,8 @@ class Tracking:
             self.has_failed = True
 
 
-def _names(run: RunFolder) -> dict[str, str]:
-    """Return what trackers call `run`."""
+def _run_ids(run: RunFolder) -> dict[str, str]:
+    """Return the ids that trackers have given `run`."""
     try:
         return dict(strict_json.parse(run.trackers.read_bytes()))
     except (OSError, ValueError):

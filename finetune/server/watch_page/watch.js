@@ -2,6 +2,7 @@
 
 const COLOURS = ["#1f5fa8", "#c7661b", "#1a7f37", "#8250df", "#b42318", "#0e7490", "#a16207", "#be185d"];
 const EVERY_MILLISECONDS = 1000;
+const MOST = { accuracy: 1, loss: Infinity };
 const BOX = { left: 48, right: 590, top: 10, bottom: 310 };
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -37,7 +38,7 @@ function draw(svg, runs, measure) {
   }
   let [low, high] = [Math.min(...values), Math.max(...values)];
   const margin = (high - low) * 0.05 || Math.abs(high) * 0.1 || 0.1;
-  [low, high] = [Math.max(low - margin, 0), high + margin];
+  [low, high] = [Math.max(low - margin, 0), Math.min(high + margin, MOST[measure])];
   const last = Math.max(1, ...runs.flatMap((run) => run.epochs));
   const x = (epoch) => BOX.left + ((BOX.right - BOX.left) * epoch) / last;
   const y = (value) => BOX.bottom - ((BOX.bottom - BOX.top) * (value - low)) / (high - low);

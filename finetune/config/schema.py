@@ -56,7 +56,8 @@ class TrainConfig:
     """Output of the new head: logits, or log_softmax, trained with the negative log-likelihood. knn is no layer: the
     training images whose features are nearest vote, and nothing is trained, whatever --epochs says."""
     image_size: int | Auto = "auto"
-    """Side of the square that the network sees, in pixels; auto takes the size the weights were trained at."""
+    """Side of the square that the network sees, in pixels; auto takes the size the weights were trained at, or with
+    --budget a smaller one where there is no time for that."""
     channels: Literal[1, 3] | Auto = "auto"
     """What the network sees of an image: 1 grey, 3 colour. Only the classic networks have the choice; auto takes the
     network's own, see `finetune inspect`."""

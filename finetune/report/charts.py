@@ -119,6 +119,7 @@ def curves_figure(history: Mapping[str, Sequence[float]], *, best_epoch: int | N
         axes: dict[str, Axes] = figure.subplot_mosaic(rows, height_ratios=[4, 1][: len(rows)])
         _plot_phases(axes["loss"], history, "loss", best_epoch)
         _plot_phases(axes["accuracy"], history, "accuracy", best_epoch)
+        axes["accuracy"].set_ylim(top=min(axes["accuracy"].get_ylim()[1], 1.005))  # room for a line at 1, for no tick
         if len(rates):
             _plot_learning_rate(axes["rate"], rates)
         for panel in axes.values():

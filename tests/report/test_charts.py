@@ -88,6 +88,13 @@ class TestCurves:
         narrow = charts.curves_figure({**HISTORY, "learning_rates": [1e-2, 5e-3]})
         assert panel(narrow, "learning rate").get_yscale() == "linear"
 
+    @pytest.mark.parametrize("accuracies", [[1.0, 1.0, 1.0], [0.97, 1.0, 0.99], [0.2, 0.6, 1.0], [0.0, 0.0]])
+    def test_the_axis_of_the_accuracy_has_no_tick_above_one(self, accuracies):
+        axes = panel(charts.curves_figure({"valid_accuracy": accuracies}), "accuracy")
+        low, high = axes.get_ylim()
+        assert low < min(accuracies) <= max(accuracies) < high
+        assert max(tick for tick in axes.get_yticks() if low <= tick <= high) <= 1 + 1e-9
+
     def test_one_epoch_shows_one_tick(self, tmp_path):
         charts.draw_curves({name: series[:1] for name, series in HISTORY.items()}, tmp_path / "one.png")
         figure = charts.curves_figure({name: series[:1] for name, series in HISTORY.items()})
